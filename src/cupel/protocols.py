@@ -1,0 +1,141 @@
+"""The nouns of Cupel, as structural types. A method implements one of them by shape; there is nothing to inherit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from cupel.seeds import Seed
+from cupel.types import (
+    Dataset,
+    Evidence,
+    Implanted,
+    Knowledge,
+    Need,
+    Poisoned,
+    Reference,
+    Verdict,
+)
+
+__all__ = [
+    "Batch",
+    "Classifier",
+    "DataAttack",
+    "Encoder",
+    "EncoderAttack",
+    "Images",
+    "Learner",
+    "Objective",
+    "Probe",
+    "Purifier",
+    "Scanner",
+    "Trigger",
+]
+
+Images = Float[Tensor, "batch channel height width"]  # in [0, 1]
+R = TypeVar("R")
+
+
+class Batch(NamedTuple):
+    """What one training step gets.
+
+    Args:
+        inputs: uint8 `[b, 3, height, width]`, on the device.
+        rows: int64 `[b]`, the rows of the data set these inputs are.
+        seed: Randomness of this step alone.
+    """
+
+    inputs: Tensor
+    rows: Tensor
+    seed: Seed
+
+
+class Encoder(Protocol):
+    """A frozen or trainable feature extractor. Inputs in [0, 1]; normalisation is inside."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def input_size(self) -> int: ...
+    def __call__(self, x: Images, /) -> Float[Tensor, "batch width"]: ...
+
+
+class Classifier(Protocol):
+    """An encoder with a head: `[batch, 3, height, width]` in [0, 1] → logits."""
+
+    @property
+    def encoder(self) -> Encoder: ...
+    @property
+    def head(self) -> nn.Module: ...
+    def __call__(self, x: Images, /) -> Float[Tensor, "batch classes"]: ...
+
+
+class Trigger(Protocol[R]):
+    """Puts the trigger on raw inputs (uint8 images) and returns a new object; randomness comes from (seed, id) alone."""
+
+    def __call__(self, raw: R, ids: Sequence[int], seed: Seed, /) -> R: ...
+
+
+class Learner(Protocol):
+    """Everything that is trained together (encoder, projector, momentum copy, queue), with its loss."""
+
+    @property
+    def state(self) -> nn.Module: ...
+    def parameters(self) -> list[nn.Parameter]: ...
+    def loss(self, batch: Batch, /) -> tuple[Float[Tensor, ""], Mapping[str, Tensor]]:
+        """The loss of one step, and scalars worth a look (detached; read only now and then)."""
+        ...
+
+    def after_step(self) -> None: ...
+
+
+class Objective(Protocol):
+    """A pre-training method: settings only."""
+
+    def learner(self, encoder: Any, seed: Seed) -> Learner: ...
+
+
+class DataAttack(Protocol):
+    """Poisons the training data. It never sees the encoder."""
+
+    @property
+    def needs(self) -> frozenset[Need]: ...
+    def poison(self, clean: Dataset, attacker: Knowledge, seed: Seed) -> Poisoned: ...
+
+
+class EncoderAttack(Protocol):
+    """Implants a backdoor in a trained encoder; leaves `clean` as it was."""
+
+    @property
+    def needs(self) -> frozenset[Need]: ...
+    def implant(self, clean: Any, attacker: Knowledge, seed: Seed) -> Implanted: ...
+
+
+class Probe(Protocol):
+    """Fits a downstream classifier on an encoder."""
+
+    def fit(self, encoder: Any, train: Dataset, seed: Seed) -> Any: ...
+
+
+class Scanner(Protocol):
+    """Looks for a backdoor; leaves the model as it was."""
+
+    @property
+    def needs(self) -> frozenset[Need]: ...
+    def scan(self, model: Any, clean: Dataset, seed: Seed, reference: Reference | None = None) -> Verdict: ...
+
+
+class Purifier(Protocol):
+    """Removes a backdoor from a copy of the model."""
+
+    @property
+    def needs(self) -> frozenset[Need]: ...
+    def purify(self, model: Any, clean: Dataset, seed: Seed, evidence: Sequence[Evidence] = ()) -> Any: ...
+
+
+Ids = Int[Tensor, " batch"]
