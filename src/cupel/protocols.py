@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cupel.seeds import Seed
@@ -76,7 +76,7 @@ class Classifier(Protocol):
 
 
 class Trigger(Protocol[R]):
-    """Puts the trigger on raw inputs (uint8 images) and returns a new object; randomness comes from (seed, id) alone."""
+    """Puts the trigger on raw inputs (uint8 images); returns a new object; draws from (seed, id) alone."""
 
     def __call__(self, raw: R, ids: Sequence[int], seed: Seed, /) -> R: ...
 
@@ -97,7 +97,7 @@ class Learner(Protocol):
 class Objective(Protocol):
     """A pre-training method: settings only."""
 
-    def learner(self, encoder: Any, seed: Seed) -> Learner: ...
+    def learner(self, encoder: Encoder, seed: Seed) -> Learner: ...
 
 
 class DataAttack(Protocol):
@@ -113,13 +113,13 @@ class EncoderAttack(Protocol):
 
     @property
     def needs(self) -> frozenset[Need]: ...
-    def implant(self, clean: Any, attacker: Knowledge, seed: Seed) -> Implanted: ...
+    def implant(self, clean: Encoder, attacker: Knowledge, seed: Seed) -> Implanted: ...
 
 
 class Probe(Protocol):
     """Fits a downstream classifier on an encoder."""
 
-    def fit(self, encoder: Any, train: Dataset, seed: Seed) -> Any: ...
+    def fit(self, encoder: Encoder, train: Dataset, seed: Seed) -> Classifier: ...
 
 
 class Scanner(Protocol):
@@ -127,7 +127,7 @@ class Scanner(Protocol):
 
     @property
     def needs(self) -> frozenset[Need]: ...
-    def scan(self, model: Any, clean: Dataset, seed: Seed, reference: Reference | None = None) -> Verdict: ...
+    def scan(self, model: Encoder, clean: Dataset, seed: Seed, reference: Reference | None = None) -> Verdict: ...
 
 
 class Purifier(Protocol):
@@ -135,7 +135,4 @@ class Purifier(Protocol):
 
     @property
     def needs(self) -> frozenset[Need]: ...
-    def purify(self, model: Any, clean: Dataset, seed: Seed, evidence: Sequence[Evidence] = ()) -> Any: ...
-
-
-Ids = Int[Tensor, " batch"]
+    def purify(self, model: Encoder, clean: Dataset, seed: Seed, evidence: Sequence[Evidence] = ()) -> Encoder: ...

@@ -105,7 +105,8 @@ class Metric:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Metric:
         """Reads what `to_json` wrote."""
-        return Metric(data["value"], data["low"], data["high"], data["n"], data["seeds"], tuple(data.get("by_seed", ())))
+        by_seed = tuple(data.get("by_seed", ()))
+        return Metric(data["value"], data["low"], data["high"], data["n"], data["seeds"], by_seed)
 
 
 @dataclass(frozen=True)

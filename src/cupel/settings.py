@@ -98,7 +98,7 @@ class OneOf:
         return id(self.table)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        choices = {
+        choices: dict[Any, CoreSchema] = {
             name: core_schema.no_info_before_validator_function(_without_method, handler.generate_schema(cls))
             for name, cls in self.table.items()
         }
@@ -162,7 +162,8 @@ def reworded(error: pydantic.ValidationError, where: str, cls: type) -> Settings
         tag, tags = str(context["tag"]), [t.strip("'") for t in str(context["expected_tags"]).split(", ")]
         return SettingsError(where, f"unknown method '{tag}'", did_you_mean(tag, tags) + more)
     if kind == "union_tag_not_found":
-        return SettingsError(where, "names no method", "write the method's name, or a mapping with the key `method`" + more)
+        todo = "write the method's name, or a mapping with the key `method`"
+        return SettingsError(where, "names no method", todo + more)
     message = {
         "int_type": "expected int", "int_from_float": "expected int", "float_type": "expected a number",
         "string_type": "expected text", "bool_type": "expected true or false", "list_type": "expected a list",

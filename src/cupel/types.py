@@ -271,6 +271,7 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """The plain values; arrays are left to the evidence files."""
+        alarm = None if self.false_alarm is None else {"rate": self.false_alarm[0], "n": self.false_alarm[1]}
         return {
             "verdict": self.verdict,
             "score": self.score,
@@ -278,8 +279,6 @@ class Verdict:
             "tested": self.tested,
             "reason": self.reason,
             "details": dict(self.details),
-            "false_alarm": None if self.false_alarm is None else {"rate": self.false_alarm[0], "n": self.false_alarm[1]},
-            "evidence": [
-                {"size": e.size, "converged": e.converged, "source": e.source} for e in self.evidence
-            ],
+            "false_alarm": alarm,
+            "evidence": [{"size": e.size, "converged": e.converged, "source": e.source} for e in self.evidence],
         }
