@@ -9,6 +9,7 @@ __all__ = [
     "CheckpointError",
     "CupelError",
     "DataError",
+    "Interrupted",
     "LabelsWithheld",
     "MachineError",
     "MissingExtra",
@@ -67,6 +68,18 @@ class DataError(CupelError):
 
 class MachineError(CupelError):
     """Disk full, no permission, out of memory."""
+
+
+class Interrupted(CupelError):
+    """The user or the system asked to stop; what was done is kept.
+
+    Args:
+        signal_number: 2 (Ctrl-C) → exit code 130, 15 → 143.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__("interrupted", "stopped between two steps; what was done is kept")
+        self.exit_code = 128 + signal_number
 
 
 class CheckpointError(CupelError):

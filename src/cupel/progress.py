@@ -9,7 +9,19 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Protocol
 
-__all__ = ["Advance", "Reporter", "lines", "reporting", "say", "terminal", "track"]
+from cupel.errors import Interrupted
+
+__all__ = [
+    "Advance",
+    "Reporter",
+    "lines",
+    "reporting",
+    "request_stop",
+    "say",
+    "stop_if_requested",
+    "terminal",
+    "track",
+]
 
 Advance = Callable[..., None]
 """`advance(done, **numbers)`: `done` steps are finished in all; `numbers` are worth showing beside it."""
@@ -23,6 +35,24 @@ class Reporter(Protocol):
 
 
 _current: ContextVar[Reporter | None] = ContextVar("reporter", default=None)
+
+
+_stop: list[int] = []
+
+
+def request_stop(signal_number: int | None) -> None:
+    """Ask every loop to stop at its next step; None takes the request back."""
+    _stop[:] = [] if signal_number is None else [signal_number]
+
+
+def stop_if_requested() -> None:
+    """Raise at a point where nothing is half done.
+
+    Raises:
+        Interrupted: a stop was requested.
+    """
+    if _stop:
+        raise Interrupted(_stop[0])
 
 
 @contextlib.contextmanager
@@ -43,12 +73,21 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def track(label: str, total: int) -> Iterator[Advance]:
-    """Follow a loop of `total` steps."""
+    """Follow a loop of `total` steps; between two steps it can be interrupted.
+
+    Raises:
+        Interrupted: from `advance`, when a stop was requested.
+    """
     reporter = _current.get()
     if reporter is None:
-        yield lambda done, **numbers: None
+        yield lambda done, **numbers: stop_if_requested()
         return
-    with reporter.track(label, total) as advance:
+    with reporter.track(label, total) as show:
+
+        def advance(done: int, **numbers: float) -> None:
+            show(done, **numbers)
+            stop_if_requested()
+
         yield advance
 
 

@@ -124,6 +124,10 @@ class Dataset:
 
     def content(self) -> list[bytes]:
         """One 16-byte digest per image: equal images have equal digests."""
+        return self._content
+
+    @cached_property
+    def _content(self) -> list[bytes]:
         if isinstance(self.inputs, Tensor):
             rows = self.inputs.contiguous().numpy()
             return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]

@@ -1,0 +1,58 @@
+"""What `import cupel` offers."""
+
+from cupel.attack import ATTACKS, BadEncoder, SSLBackdoor
+from cupel.checkpoint import inspect_file
+from cupel.data import load
+from cupel.encoders import ENCODERS, Fast, ImageEncoder, ResNet18, ResNet50
+from cupel.encoders.storage import load_encoder, save_encoder
+from cupel.errors import CupelError
+from cupel.experiment import Experiment, cells, read_experiment, run_cells
+from cupel.pretrain import OBJECTIVES, SimCLR, pretrain
+from cupel.probe import PROBES
+from cupel.purify import CBD, PURIFIERS
+from cupel.records import Record
+from cupel.report import write_report
+from cupel.scan import SCANNERS, Decree
+from cupel.seeds import Seed
+from cupel.triggers import TRIGGERS, Blend, Patch
+from cupel.types import Dataset, Goal, Knowledge
+from cupel.vet import purify_encoder, scan_encoder
+
+__all__ = [
+    "ATTACKS",
+    "CBD",
+    "ENCODERS",
+    "OBJECTIVES",
+    "PROBES",
+    "PURIFIERS",
+    "SCANNERS",
+    "TRIGGERS",
+    "BadEncoder",
+    "Blend",
+    "CupelError",
+    "Dataset",
+    "Decree",
+    "Experiment",
+    "Fast",
+    "Goal",
+    "ImageEncoder",
+    "Knowledge",
+    "Patch",
+    "Record",
+    "ResNet18",
+    "ResNet50",
+    "SSLBackdoor",
+    "Seed",
+    "SimCLR",
+    "cells",
+    "inspect_file",
+    "load",
+    "load_encoder",
+    "pretrain",
+    "purify_encoder",
+    "read_experiment",
+    "run_cells",
+    "save_encoder",
+    "scan_encoder",
+    "write_report",
+]

@@ -1,0 +1,7 @@
+"""Random views of images, made for a whole batch at once on its device, with parameters of its own for every image."""
+
+from __future__ import annotations
+
+from cupel.augment.fused import SimCLRAugment
+
+__all__ = ["SimCLRAugment"]

@@ -1,0 +1,309 @@
+"""A pickle machine that builds records of what a stream asks for, and does none of it.
+
+It never imports, calls or sets anything: a global becomes a `Global`, a call becomes a `Call`, a persistent id a
+`Persistent`. Its dictionaries hash atoms only and nothing in it recurses, so a stream cannot reach the interpreter's
+weak spots either (deep tuples as keys, colliding integers, attributes set on functions).
+"""
+
+from __future__ import annotations
+
+import pickletools
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+__all__ = ["Call", "Global", "Persistent", "Stream", "Trace", "run"]
+
+MAX_STEPS = 1_000_000
+_MAX_INDEX = 2**32
+_HASH_MODULUS = 2**61 - 1  # from here on, integers can be chosen to collide in a dictionary
+_OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's, mapped by every Python 3 unpickler
+
+
+class Stream(Protocol):
+    """What the machine reads from: a file, `BytesIO` or `mmap`."""
+
+    def read(self, n: int, /) -> bytes: ...
+    def readline(self) -> bytes: ...
+    def tell(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Global:
+    """A name that an unpickler would import."""
+
+    module: str
+    name: str
+
+    @property
+    def path(self) -> str:
+        """Dotted."""
+        return f"{self.module}.{self.name}" if self.name else self.module
+
+
+@dataclass(eq=False)
+class Call:
+    """A call that an unpickler would make, and what it would put into the result.
+
+    Args:
+        function: A `Global`, or what another call would have returned.
+        arguments: Positional; keyword arguments are kept as one dictionary at the end.
+        items: What `result[key] = value` would set.
+        elements: What `result.append` would add.
+        states: What `result.__setstate__` would get.
+    """
+
+    function: Any
+    arguments: tuple[Any, ...]
+    items: dict[Any, Any] = field(default_factory=dict)
+    elements: list[Any] = field(default_factory=list)
+    states: list[Any] = field(default_factory=list)
+
+    def of(self, *paths: str) -> bool:
+        """Is the function one of these globals?"""
+        return isinstance(self.function, Global) and self.function.path in paths
+
+
+@dataclass(frozen=True, eq=False)
+class Persistent:
+    """An object that lives outside the pickle; in torch's files a storage."""
+
+    id: Any
+
+
+@dataclass(frozen=True, eq=False)
+class _Opaque:
+    """A dictionary key that is no atom."""
+
+    value: Any
+
+
+@dataclass
+class Trace:
+    """What a stream asked for.
+
+    Args:
+        value: The object at the end; None after an error.
+        globals: Every global named, in order, with the words for what happens to it: `calls`, `changes`.
+        calls: Every call.
+        persistent: Every persistent id.
+        end: Position after the stream.
+        error: Why the machine stopped before the end; empty = it did not. What came before still counts.
+    """
+
+    value: Any = None
+    globals: dict[Global, set[str]] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+    persistent: list[Persistent] = field(default_factory=list)
+    end: int = 0
+    error: str = ""
+
+
+def run(stream: Stream, max_steps: int = MAX_STEPS) -> Trace:
+    """Follow a pickle from where `stream` stands to its STOP.
+
+    Args:
+        stream: Positioned at the start of a pickle.
+        max_steps: Longest stream followed.
+
+    Returns:
+        The trace. Broken streams end it with `error` set; nothing is raised.
+
+    Example:
+        >>> import io
+        >>> trace = run(io.BytesIO(b"cos\nsystem\n(S'echo'\ntR."))
+        >>> [(g.path, uses) for g, uses in trace.globals.items()]
+        [('os.system', {'calls'})]
+    """
+    machine = _Machine()
+    trace = machine.trace
+    try:
+        for step, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if step >= max_steps:
+                trace.error = f"more than {max_steps} steps"
+                break
+            _STEPS[opcode.name](machine, argument)
+    except (ValueError, KeyError, IndexError, OverflowError, TypeError, struct.error) as error:
+        trace.error = str(error) or type(error).__name__
+    if not trace.error:
+        trace.value, trace.end = machine.result, stream.tell()
+    return trace
+
+
+class _Machine:
+    def __init__(self) -> None:
+        self.trace = Trace()
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []  # stacks under the open marks
+        self.memo: dict[int, Any] = {}
+        self.result: Any = None
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> Any:
+        return self.stack.pop()
+
+    def mark(self) -> None:
+        self.below.append(self.stack)
+        self.stack = []
+
+    def pop_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.below.pop()
+        return items
+
+    def pop_or_unmark(self) -> None:
+        if self.stack:
+            self.stack.pop()
+        else:
+            self.pop_mark()
+
+    def put(self, index: int) -> None:
+        if not 0 <= index < _MAX_INDEX:
+            raise ValueError("memo index out of range")
+        self.memo[index] = self.stack[-1]
+
+    def named(self, module: Any, name: Any) -> Global:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise ValueError("a global without a name")
+        found = Global(_OLD_NAMES.get(module, module), name)
+        self.trace.globals.setdefault(found, set())
+        return found
+
+    def named_pair(self, pair: str) -> Global:
+        module, _, name = pair.partition(" ")
+        return self.named(module, name)
+
+    def call(self, function: Any, arguments: Any, keywords: Any = None) -> Call:
+        if not isinstance(function, (Global, Call, Persistent)):
+            raise ValueError(f"calls a {type(function).__name__}")
+        if not isinstance(arguments, (tuple, list)):
+            # Whatever pretends to be a tuple of arguments is kept, as one of them.
+            arguments = (arguments,)
+        if isinstance(function, Global):
+            self.trace.globals[function].add("calls")
+        made = Call(function, (*arguments, keywords) if keywords else tuple(arguments))
+        self.trace.calls.append(made)
+        return made
+
+    def change(self, target: Any) -> None:
+        if isinstance(target, Global):
+            self.trace.globals[target].add("changes")
+
+    def set_items(self, pairs: list[Any]) -> None:
+        target = self.stack[-1]
+        self.change(target)
+        if len(pairs) % 2:
+            raise ValueError("a key without a value")
+        items = target.items if isinstance(target, Call) else target if isinstance(target, dict) else {}
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            items[_key(key)] = value
+
+    def add(self, values: list[Any]) -> None:
+        target = self.stack[-1]
+        self.change(target)
+        if isinstance(target, Call):
+            target.elements.extend(values)
+        elif isinstance(target, list):
+            target.extend(values)
+
+    def build(self) -> None:
+        state, target = self.pop(), self.stack[-1]
+        self.change(target)
+        if isinstance(target, Call):
+            target.states.append(state)
+
+    def dictionary(self) -> None:
+        pairs = self.pop_mark()
+        self.push({})
+        self.set_items(pairs)
+
+    def tuple_of(self, count: int) -> None:
+        if len(self.stack) < count:
+            raise IndexError("stack underflow")
+        items = tuple(self.stack[-count:])
+        self.stack[-count:] = [items]
+
+    def persist(self, id_: Any) -> None:
+        found = Persistent(id_)
+        self.trace.persistent.append(found)
+        self.push(found)
+
+    def object_(self) -> None:
+        function, *arguments = self.pop_mark()
+        self.push(self.call(function, tuple(arguments)))
+
+    def reduce(self) -> None:
+        arguments, function = self.pop(), self.pop()
+        self.push(self.call(function, arguments))
+
+    def new_with_keywords(self) -> None:
+        keywords, arguments, function = self.pop(), self.pop(), self.pop()
+        self.push(self.call(function, arguments, keywords))
+
+    def stack_global(self) -> None:
+        name, module = self.pop(), self.pop()
+        self.push(self.named(module, name))
+
+    def extension(self, code: int) -> None:
+        # Resolves to whatever some other module registered under this number.
+        self.push(self.named("copyreg", f"_extension_registry[{code}]"))
+
+    def refuse(self) -> None:
+        raise ValueError("needs buffers from outside the file")
+
+    def stop(self) -> None:
+        self.result = self.pop()
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, (str, float, bool, bytes, type(None))):
+        return value
+    return value if isinstance(value, int) and abs(value) < _HASH_MODULUS else _Opaque(value)
+
+
+_ATOMS = (
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 "
+    "BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 FLOAT BINFLOAT"
+)
+
+_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
+    **dict.fromkeys(_ATOMS.split(), _Machine.push),
+    **dict.fromkeys("PROTO FRAME READONLY_BUFFER".split(), lambda m, a: None),
+    **dict.fromkeys("GET BINGET LONG_BINGET".split(), lambda m, a: m.push(m.memo[a])),
+    **dict.fromkeys("PUT BINPUT LONG_BINPUT".split(), lambda m, a: m.put(a)),
+    **dict.fromkeys("EXT1 EXT2 EXT4".split(), lambda m, a: m.extension(a)),
+    **dict.fromkeys("EMPTY_LIST EMPTY_SET".split(), lambda m, a: m.push([])),  # a set's order and hashing do not matter
+    **dict.fromkeys("APPENDS ADDITEMS".split(), lambda m, a: m.add(m.pop_mark())),
+    **dict.fromkeys("LIST FROZENSET".split(), lambda m, a: m.push(m.pop_mark())),
+    **dict.fromkeys("REDUCE NEWOBJ".split(), lambda m, a: m.reduce()),
+    "MEMOIZE": lambda m, a: m.put(len(m.memo)),
+    "NONE": lambda m, a: m.push(None),
+    "NEWTRUE": lambda m, a: m.push(True),
+    "NEWFALSE": lambda m, a: m.push(False),
+    "EMPTY_TUPLE": lambda m, a: m.push(()),
+    "EMPTY_DICT": lambda m, a: m.push({}),
+    "TUPLE": lambda m, a: m.push(tuple(m.pop_mark())),
+    "TUPLE1": lambda m, a: m.tuple_of(1),
+    "TUPLE2": lambda m, a: m.tuple_of(2),
+    "TUPLE3": lambda m, a: m.tuple_of(3),
+    "APPEND": lambda m, a: m.add([m.pop()]),
+    "SETITEM": lambda m, a: m.set_items([m.pop(), m.pop()][::-1]),
+    "SETITEMS": lambda m, a: m.set_items(m.pop_mark()),
+    "DICT": lambda m, a: m.dictionary(),
+    "MARK": lambda m, a: m.mark(),
+    "POP": lambda m, a: m.pop_or_unmark(),
+    "POP_MARK": lambda m, a: m.pop_mark() and None,
+    "DUP": lambda m, a: m.push(m.stack[-1]),
+    "GLOBAL": lambda m, a: m.push(m.named_pair(a)),
+    "STACK_GLOBAL": lambda m, a: m.stack_global(),
+    "INST": lambda m, a: m.push(m.call(m.named_pair(a), m.pop_mark())),
+    "OBJ": lambda m, a: m.object_(),
+    "NEWOBJ_EX": lambda m, a: m.new_with_keywords(),
+    "BUILD": lambda m, a: m.build(),
+    "PERSID": lambda m, a: m.persist(a),
+    "BINPERSID": lambda m, a: m.persist(m.pop()),
+    "NEXT_BUFFER": lambda m, a: m.refuse(),
+    "STOP": lambda m, a: m.stop(),
+}

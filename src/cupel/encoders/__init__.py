@@ -1,0 +1,23 @@
+"""Encoders, and how they are stored."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from cupel.encoders.fast import Fast
+from cupel.encoders.image import Card, ImageEncoder
+from cupel.encoders.resnet import ResNet18, ResNet50
+from cupel.seeds import Seed
+from cupel.settings import registry
+
+__all__ = ["ENCODERS", "Architecture", "Card", "Fast", "ImageEncoder", "ResNet18", "ResNet50"]
+
+
+class Architecture(Protocol):
+    """Settings that build an encoder."""
+
+    @property
+    def input_size(self) -> int: ...
+    def build(self, seed: Seed) -> ImageEncoder: ...
+
+
+ENCODERS: Mapping[str, type] = registry("encoders", {"fast": Fast, "resnet18": ResNet18, "resnet50": ResNet50})

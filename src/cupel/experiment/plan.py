@@ -1,0 +1,182 @@
+"""From an experiment to steps: which work there is, in which order, and under which keys. Runs nothing."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cupel import data as sources
+from cupel.attack import ATTACKS
+from cupel.errors import SettingsError
+from cupel.experiment.spec import Downstream, Experiment
+from cupel.pretrain import OBJECTIVES
+from cupel.purify import PURIFIERS
+from cupel.scan import SCANNERS
+from cupel.seeds import Seed
+from cupel.settings import canonical, digest, method_name
+
+__all__ = ["VIRTUAL", "Step", "file_content", "plan", "recipe_of"]
+
+VIRTUAL = frozenset({"data", "poison"})
+"""Stages whose values are made again when needed and are not stored: they are cheap, and would be large."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One node of the plan.
+
+    Args:
+        stage: What kind of work.
+        name: For people, unique within a plan.
+        method: Settings object, or plain values.
+        inputs: Steps whose values this one reads, in order.
+        seed: Randomness of this step.
+        key: Hash of stage, settings with every default, revisions, contents of named files and data, inputs' keys, seed.
+    """
+
+    stage: str
+    name: str
+    method: Any
+    inputs: tuple[Step, ...]
+    seed: Seed
+    key: str
+
+
+@functools.cache
+def file_content(name: str) -> str:
+    """SHA-256 of a file that settings name."""
+    return hashlib.sha256(sources.find_file(name).read_bytes()).hexdigest()
+
+
+def _step(stage: str, name: str, method: Any, inputs: tuple[Step, ...], seed: Seed) -> Step:
+    plain = [stage, canonical(method, file_content), [one.key for one in inputs], seed.value]
+    return Step(stage, name, method, inputs, seed, digest(plain))
+
+
+def _data(role: str, source: str, split: str, seed: Seed, **values: Any) -> Step:
+    method = {"role": role, "source": source, "split": split, **values}
+    content = sources.fingerprint(source, split)
+    key = digest(["data", {k: v for k, v in method.items() if k != "source"}, content, seed.value])
+    return Step("data", f"{role} images of {source}", method, (), seed, key)
+
+
+def recipe_of(experiment: Experiment) -> dict[str, Any]:
+    """What two encoders have in common when only their seeds differ."""
+    up = experiment.upstream
+    objective = method_name(up.objective, OBJECTIVES)
+    steps = up.objective.steps if up.objective.steps is not None else f"{up.objective.epochs} epochs"
+    parts = [canonical(up.encoder, file_content), canonical(up.objective, file_content), up.size]
+    parts.append(sources.fingerprint(up.data, "train"))
+    text = f"{objective}, {steps} steps, on {up.data}" + (f" ({up.size} images)" if up.size else "")
+    return {"id": digest(parts), "text": text.replace("epochs steps", "epochs")}
+
+
+def plan(experiment: Experiment) -> tuple[Step, ...]:
+    """All steps of one cell, each after its inputs.
+
+    Every attacked run has its clean twin: the same encoder, pre-trained with the same seed on clean images.
+
+    Raises:
+        SettingsError: two tasks of one name, or a data attack beside a shadow set of its own.
+        DataError: a named file or data set is not there.
+    """
+    up, seed, size = experiment.upstream, Seed(experiment.seed), experiment.upstream.encoder.input_size
+    steps: list[Step] = []
+
+    def add(stage: str, name: str, method: Any, *inputs: Step, part: str | None = None) -> Step:
+        made = _step(stage, name, method, inputs, seed.child(part or name))
+        steps.append(made)
+        return made
+
+    def images(role: str, source: str, split: str, **values: Any) -> Step:
+        made = _data(role, source, split, seed.child("data"), size=size, **values)
+        steps.append(made)
+        return made
+
+    tasks = [d.data for d in experiment.downstream]
+    if len(set(tasks)) < len(tasks):
+        raise SettingsError(f"{experiment.name}.downstream", "names one task twice", "use a grid for several targets")
+    held_out = [d.data for d in experiment.downstream if d.data == up.data]
+    pools = {d.data: images("pool", d.data, "train", limit=d.size) for d in experiment.downstream}
+    upstream = images("pre-training", up.data, "train", limit=up.size, without=held_out)
+    shadow_spec, defender_spec = experiment.attacker.shadow, experiment.defender
+    shadow = images(
+        "shadow", shadow_spec.data or up.data, "train", limit=shadow_spec.size,
+        without=held_out, within=None if shadow_spec.data else up.size, of_pretraining=shadow_spec.data is None,
+    )  # fmt: skip
+    defender = images(
+        "defender", defender_spec.data or up.data, "train", limit=defender_spec.size,
+        without=held_out, within=None if defender_spec.data else up.size, of_pretraining=defender_spec.data is None,
+    )  # fmt: skip
+    train = {d.data: images("train", d.data, "train", limit=d.size) for d in experiment.downstream}
+    test = {d.data: images("test", d.data, "test", limit=d.test_size) for d in experiment.downstream}
+    everything = [upstream, shadow, *pools.values(), *train.values(), *test.values()]
+    check = add("check", "splits overlap nothing they must not", {}, *everything)
+
+    training = {
+        "encoder": up.encoder,
+        "objective": up.objective,
+        "recipe": recipe_of(experiment),
+        "monitor_every": up.monitor_every,
+    }
+    clean = add("pretrain", "pretrain clean", training, upstream, part="pretrain")
+    encoders: dict[str, Step] = {"clean": clean}
+    goals: Step | None = None
+    if experiment.attack is not None:
+        aims = [_goal(d) for d in experiment.downstream]
+        method = {"attack": experiment.attack, "goals": aims}
+        name = method_name(experiment.attack, ATTACKS)
+        if hasattr(experiment.attack, "poison"):
+            goals = add("poison", f"poison {name}", method, upstream)
+            encoders["backdoored"] = add("pretrain", "pretrain backdoored", training, goals, part="pretrain")
+        else:
+            references = [_references(add, experiment, d, pools, train, clean) for d in experiment.downstream]
+            goals = add("implant", f"implant {name}", method, clean, shadow, *references)
+            encoders["backdoored"] = goals
+
+    verdicts: dict[str, list[Step]] = {}
+
+    def scan(which: str) -> None:
+        for scanner in experiment.scan:
+            name = method_name(scanner, SCANNERS)
+            inputs = (encoders[which], defender)
+            verdicts.setdefault(which, []).append(add("scan", f"scan {name}: {which}", scanner, *inputs, part="scan"))
+
+    for which in list(encoders):
+        scan(which)
+    if "backdoored" in encoders:
+        for i, purifier in enumerate(experiment.purify):
+            which = "purified" if i == 0 else f"purified-{i + 1}"
+            name = method_name(purifier, PURIFIERS)
+            evidence = verdicts.get("backdoored", [])
+            encoders[which] = add("purify", f"purify {name}", purifier, encoders["backdoored"], defender, *evidence)
+            scan(which)
+    scores = []
+    for which, encoder in encoders.items():
+        for d in experiment.downstream:
+            method = {"task": d.data, "target_class": d.target_class, "probe": d.probe, "head_seeds": d.head_seeds}
+            inputs = (encoder, train[d.data], test[d.data], *([goals] if goals else []))
+            scores.append(add("score", f"score {d.data}: {which}", method, *inputs, part=f"score {d.data}"))
+    first = experiment.downstream[0]
+    shown = [test[first.data], *encoders.values(), *(v for one in verdicts.values() for v in one)]
+    roles = {"encoders": list(encoders), "verdicts": [which for which, one in verdicts.items() for _ in one]}
+    extra = [goals] if goals else []
+    add("describe", "describe", {"task": first.data, "probe": first.probe, **roles}, train[first.data], *shown, *extra)
+    return (check, *[s for s in steps if s is not check and s.stage != "data"])
+
+
+def _goal(d: Downstream) -> Mapping[str, Any]:
+    return {"task": d.data, "target_class": d.target_class, "trigger": d.trigger}
+
+
+def _references(
+    add: Any, experiment: Experiment, d: Downstream, pools: Mapping[str, Step], train: Mapping[str, Step], clean: Step
+) -> Step:
+    wanted = d.references or experiment.attacker.references
+    inputs = [pools[d.data], *([clean, train[d.data]] if wanted.choose else [])]
+    method = {"references": wanted, "target_class": d.target_class, "task": d.data}
+    step: Step = add("references", f"references {d.data}", method, *inputs)
+    return step

@@ -1,0 +1,208 @@
+"""Run a plan against a store: what is there is taken, what is missing is made, a failure is a record with a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import cupel
+from cupel.errors import CupelError, Interrupted
+from cupel.experiment.plan import VIRTUAL, Step, file_content, plan
+from cupel.experiment.spec import Experiment
+from cupel.experiment.stages import STAGES, Context, Value
+from cupel.experiment.store import Artefact, Store
+from cupel.files import atomic_file
+from cupel.progress import say
+from cupel.records import Metric, Record
+from cupel.settings import canonical
+
+__all__ = ["cell_name", "run_cell", "run_cells"]
+
+# what the score of each encoder is called in the record
+_NAMES = {
+    "clean": {
+        "accuracy": "clean_accuracy",
+        "attack_success_rate": "attack_success_rate_baseline",
+        "attack_success_rate_all": "attack_success_rate_baseline_all",
+        "robust_accuracy": "robust_accuracy_baseline",
+    },
+    "backdoored": {
+        "accuracy": "backdoored_accuracy",
+        "attack_success_rate": "attack_success_rate",
+        "attack_success_rate_all": "attack_success_rate_all",
+        "robust_accuracy": "robust_accuracy",
+    },
+}
+
+
+class Runner:
+    """Values by step: from memory, from the store, or made now.
+
+    Args:
+        store: Where artefacts stand.
+        device: Where to compute.
+    """
+
+    def __init__(self, store: Store, device: str) -> None:
+        self.store, self.device = store, device
+        self.values: dict[str, Value] = {}
+        self.log: list[dict[str, Any]] = []
+
+    def value(self, step: Step) -> Value:
+        """The value of a step; makes what is missing, inputs first."""
+        if step.key not in self.values:
+            self.values[step.key] = self._virtual(step) if step.stage in VIRTUAL else self._stored(step)
+        return self.values[step.key]
+
+    def _virtual(self, step: Step) -> Value:
+        return STAGES[step.stage](step, [self.value(one) for one in step.inputs], Context(self.device, None))
+
+    def _stored(self, step: Step) -> Artefact:
+        artefact = self.store.find(step.stage, step.key)
+        cached = artefact is not None
+        if artefact is None:
+            inputs = [self.value(one) for one in step.inputs]
+            start = time.monotonic()
+            made = STAGES[step.stage](step, inputs, Context(self.device, self.store.workspace(step.stage, step.key)))
+            artefact = dataclasses.replace(made, seconds=time.monotonic() - start)
+            self.store.save(step.stage, step.key, artefact)
+        method = type(step.method).__name__ if dataclasses.is_dataclass(step.method) else step.stage
+        row = {"stage": step.stage, "name": step.name, "method": method, "key": step.key, "cached": cached}
+        self.log.append({**row, "seconds": round(artefact.seconds, 3)})
+        return artefact
+
+
+def cell_name(experiment: Experiment, point: Mapping[str, Any]) -> str:
+    """A file name for one cell: the experiment's name and the grid's values.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> cell_name(SimpleNamespace(name="exp"), {"seed": 1, "attack.trigger.size": 10})
+        'exp--seed=1--size=10'
+    """
+    parts = [experiment.name]
+    for path, value in point.items():
+        if isinstance(value, dict):
+            value = value.get("name") or "-".join(str(v) for v in value.values() if isinstance(v, str | int))
+        parts.append(f"{path.rpartition('.')[2]}={value}")
+    return re.sub(r"[^\w.=+-]+", "_", "--".join(parts))[:150]
+
+
+def run_cell(
+    experiment: Experiment, store: Store, *, command: str = "run", name: str | None = None, device: str = "cpu"
+) -> tuple[Record, dict[str, np.ndarray[Any, Any]]]:
+    """Run one cell.
+
+    Returns:
+        Its record, and the arrays for the report. A cell that cannot run gives a record with status `failed`.
+
+    Raises:
+        Interrupted: what was done is in the store; run again to go on.
+    """
+    start = time.monotonic()
+    name = name or experiment.name
+    base = Record(
+        command=command, name=name, cupel=cupel.__version__, seed=experiment.seed, device=device,
+        threads=torch.get_num_threads(), settings=canonical(experiment, file_content),
+    )  # fmt: skip
+    runner = Runner(store, device)
+    try:
+        steps = plan(experiment)
+        say(f"{name}: {len(steps)} steps, {sum(store.has(s.stage, s.key) for s in steps)} in the store")
+        for i, step in enumerate(steps, 1):
+            there = store.has(step.stage, step.key)
+            if step.stage not in VIRTUAL:
+                say(f"[{i}/{len(steps)}] {step.name}" + (" (stored)" if there else ""))
+            runner.value(step)
+        return _collect(base, experiment, steps, runner, time.monotonic() - start)
+    except Interrupted:
+        raise
+    except CupelError as error:
+        failed = dataclasses.replace(base, status="failed", reason=str(error), steps=runner.log)
+        return dataclasses.replace(failed, extra={"exit_code": error.exit_code}), {}
+    except (RuntimeError, MemoryError) as error:  # e.g. out of memory: the other cells of a grid go on
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        extra = {"exit_code": 2, "traceback": traceback.format_exc()}
+        return dataclasses.replace(base, status="failed", reason=reason, steps=runner.log, extra=extra), {}
+
+
+def _collect(
+    base: Record, experiment: Experiment, steps: Sequence[Step], runner: Runner, total: float
+) -> tuple[Record, dict[str, np.ndarray[Any, Any]]]:
+    metrics: dict[str, Metric] = {}
+    companions: dict[str, Any] = {}
+    several = len(experiment.downstream) > 1
+    verdicts: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    references: dict[str, Any] = {}
+    for row in runner.log:
+        seconds[row["stage"]] = round(seconds.get(row["stage"], 0.0) + row["seconds"], 3)
+    for step in steps:
+        if step.stage in VIRTUAL:
+            continue
+        value: Artefact = runner.value(step)
+        if step.stage == "score":
+            task, which = step.method["task"], step.name.rpartition(": ")[2]
+            names = _NAMES.get(which) or {k: f"{which}_{k}".replace("-", "_") for k in value.values["counts"]}
+            for kind, counts in value.values["counts"].items():
+                metrics[(f"{task}/" if several else "") + names[kind]] = Metric.of([tuple(c) for c in counts])
+            companions[step.name] = {**value.values["companions"], "tails": value.values["tails"]}
+        elif step.stage == "scan":
+            which = step.name.rpartition(": ")[2]
+            verdicts[which] = _worse(verdicts.get(which), value.values["verdict"])
+        elif step.stage == "references":
+            references[step.method["task"]] = value.values
+        elif step.stage == "check":
+            companions["splits"] = value.values
+        for key, array in value.arrays.items():
+            if key.startswith("curve/") and "clean" not in key:
+                arrays[key] = array
+            elif step.stage == "describe":
+                arrays[key] = array
+    seconds["total"] = round(total, 3)
+    notes = []
+    if companions["splits"]["shadow_in_pretraining"] == 1.0:
+        notes.append("The attacker's shadow images are pre-training images.")
+    names = {d.data: d.target_class for d in experiment.downstream}
+    extra: dict[str, Any] = {"companions": companions, "references": references, "targets": names}
+    if experiment.paper is not None:
+        extra["paper"] = {"source": experiment.paper.source, **experiment.paper.results}
+        extra["deviations"] = list(experiment.paper.deviations)
+    implanted = next((runner.value(s).encoder for s in steps if s.stage == "implant"), None)
+    if implanted is not None:
+        extra["manifest"] = dict(implanted.card.manifest)
+    record = dataclasses.replace(
+        base, seconds=seconds, steps=runner.log, metrics=metrics, verdicts=verdicts, notes=notes, extra=extra
+    )
+    return record, arrays
+
+
+def _worse(a: Mapping[str, Any] | None, b: Mapping[str, Any]) -> Mapping[str, Any]:
+    order = ["clean-by-test", "inconclusive", "suspicious", "backdoored"]
+    return b if a is None or order.index(b["verdict"]) > order.index(a["verdict"]) else a
+
+
+def run_cells(
+    found: Sequence[tuple[Mapping[str, Any], Experiment]], out: Path, *, command: str = "run", device: str = "cpu"
+) -> list[Record]:
+    """Run all cells of a grid, one record each under `out/cells`, artefacts under `out/store`."""
+    store, records = Store(out / "store"), []
+    for point, experiment in found:
+        name = cell_name(experiment, point)
+        record, arrays = run_cell(experiment, store, command=command, name=name, device=device)
+        if arrays:
+            with atomic_file(out / "cells" / f"{name}.npz") as part, part.open("wb") as file:
+                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # keywords are names of arrays
+            record = dataclasses.replace(record, arrays=f"{name}.npz")
+        record.write(out / "cells" / f"{name}.json")
+        records.append(record)
+    return records

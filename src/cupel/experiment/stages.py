@@ -1,0 +1,266 @@
+"""What each stage does with its inputs: one function per stage, values in, artefact out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cupel import data as sources
+from cupel import metrics
+from cupel.attack import ATTACKS
+from cupel.encoders import ImageEncoder
+from cupel.errors import DataError
+from cupel.experiment.describe import describe
+from cupel.experiment.images import check_splits, images_of
+from cupel.experiment.plan import Step, file_content
+from cupel.experiment.store import Artefact
+from cupel.inference import features, triggered
+from cupel.pretrain import pretrain
+from cupel.probe import Linear, check_target
+from cupel.protocols import Trigger
+from cupel.seeds import Seed
+from cupel.settings import OneOf, canonical, method_name, parse, settings
+from cupel.train import History
+from cupel.triggers import TRIGGERS
+from cupel.types import Dataset, Evidence, Goal, Knowledge, Poisoned
+from cupel.vet import reference_for, scan_evidence
+
+__all__ = ["STAGES", "Context", "Value", "goals_of"]
+
+Value = Any
+"""An `Artefact`, a `Dataset` (stage `data`) or a `Poisoned` (stage `poison`)."""
+
+
+class Context:
+    """Where the work is done.
+
+    Args:
+        device: `cpu`, `cuda`, ….
+        checkpoint: File for the state of a long step; None = keep none.
+    """
+
+    def __init__(self, device: str, checkpoint: Path | None) -> None:
+        self.device, self.checkpoint = device, checkpoint
+
+
+def _data(step: Step, inputs: Sequence[Value], context: Context) -> Dataset:
+    return images_of(step.method, step.seed)
+
+
+def _check(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
+    return Artefact(check_splits([(one.method, data) for one, data in zip(step.inputs, inputs, strict=True)]))
+
+
+def _pretrain(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
+    m = step.method
+    poisoned = inputs[0] if isinstance(inputs[0], Poisoned) else None
+    data = poisoned.data if poisoned else inputs[0]
+    encoder, history = pretrain(
+        m["objective"],
+        m["encoder"],
+        data.without_labels("pretrain"),
+        step.seed,
+        device=context.device,
+        checkpoint=context.checkpoint,
+    )
+    manifest = None
+    if poisoned is not None:
+        attack, goals = step.inputs[0].method["attack"], poisoned.goals
+        manifest = _manifest(attack, goals, step.seed, {"num_poisoned": len(poisoned.rows), "data_sha256": data.sha256})
+    return Artefact(
+        {"recipe": m["recipe"]["text"]},
+        _curves("pretrain", history),
+        encoder.copy(recipe=m["recipe"], manifest=manifest),
+    )
+
+
+def _references(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
+    wanted, target, pool = step.method["references"], step.method["target_class"], inputs[0]
+    check_target(target, pool)
+    if wanted.file is not None:
+        pixels, labels = sources.read_references(sources.find_file(wanted.file), pool.inputs.shape[-1])
+        note = {"from": Path(wanted.file).name, "labels": labels.tolist()}
+        return Artefact(note, {"references": pixels.numpy()})
+    if wanted.choose:
+        clean, train = inputs[1].encoder, inputs[2]
+        candidates = (pool.labels == target).nonzero().flatten()
+        head = Linear().fit_features(features(clean, train), train.labels, train.num_classes, step.seed)
+        sure = head(features(clean, pool.subset(candidates))).softmax(1)[:, target]
+        rows = candidates[sure.argsort(descending=True, stable=True)[: wanted.size]]
+    else:
+        rows = sources.draw_references(pool, target, wanted.size, step.seed)
+    if len(rows) < wanted.size:
+        raise DataError(pool.name, f"holds {len(rows)} images of class {target}, {wanted.size} references were asked for")
+    return Artefact({"from": pool.name, "ids": pool.ids[rows].tolist()}, {"references": pool.inputs[rows].numpy()})
+
+
+def _goals(step: Step, references: Sequence[Artefact]) -> tuple[Goal, ...]:
+    aims = step.method["goals"]
+    pictures = [torch.from_numpy(np.array(one.arrays["references"])) for one in references] or [None] * len(aims)
+    return tuple(
+        Goal(aim["trigger"], refs, aim["task"], aim["target_class"]) for aim, refs in zip(aims, pictures, strict=True)
+    )
+
+
+def _poison(step: Step, inputs: Sequence[Value], context: Context) -> Poisoned:
+    attack, clean = step.method["attack"], inputs[0]
+    data = clean if "labels" in attack.needs else clean.without_labels(type(attack).__name__)
+    made: Poisoned = attack.poison(data, Knowledge(_goals(step, [])), step.seed)
+    return made
+
+
+def _implant(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
+    attack, clean, shadow = step.method["attack"], inputs[0].encoder, inputs[1]
+    knowledge = Knowledge(_goals(step, inputs[2:]), shadow.without_labels(type(attack).__name__))
+    made = attack.implant(clean, knowledge, step.seed, checkpoint=context.checkpoint)
+    manifest = _manifest(attack, made.goals, step.seed, {"clean_encoder": step.inputs[0].key, "shadow": shadow.sha256})
+    arrays = {"references": np.concatenate([np.asarray(one.arrays["references"]) for one in inputs[2:]])}
+    return Artefact(
+        {"goals": [_goal_json(goal) for goal in made.goals]},
+        {**arrays, **_curves("implant", made.history)},
+        made.model.copy(manifest=manifest),
+    )
+
+
+def _manifest(attack: Any, goals: Sequence[Goal], seed: Seed, more: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "not_for_deployment": True,
+        "attack": method_name(attack, ATTACKS),
+        "settings": canonical(attack, file_content),
+        "goals": [_goal_json(goal) for goal in goals],
+        "seed": seed.value,
+        **more,
+    }
+
+
+def _goal_json(goal: Goal) -> dict[str, Any]:
+    trigger: Any = goal.trigger
+    plain = {"method": method_name(trigger, TRIGGERS), **dataclasses.asdict(trigger)}
+    return {"task": goal.task, "target_class": goal.target_class, "trigger": plain}
+
+
+@settings
+class _Stamped:
+    """How a trigger stands in an artefact."""
+
+    trigger: Annotated[Trigger[Tensor], OneOf(TRIGGERS)]
+
+
+def goals_of(value: Value) -> tuple[Goal, ...]:
+    """Goals with their test-time triggers, from what an attack stage made."""
+    if isinstance(value, Poisoned):
+        return value.goals
+    return tuple(
+        Goal(parse(_Stamped, {"trigger": one["trigger"]}, "artefact").trigger, None, one["task"], one["target_class"])
+        for one in value.values["goals"]
+    )
+
+
+def _curves(stage: str, history: History) -> dict[str, np.ndarray[Any, Any]]:
+    made = {}
+    for name, values in history.items():
+        if name == "step@watch":
+            continue
+        key = f"curve/{stage}/{name.removesuffix('@watch')}"
+        made[key] = np.asarray(values, dtype=np.float32)
+        if name.endswith("@watch"):
+            made[f"{key}/step"] = np.asarray(history["step@watch"], dtype=np.int64)
+    return made
+
+
+def _scan(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
+    encoder, images = inputs[0].encoder, inputs[1]
+    scanner = step.method
+    data = images if "labels" in scanner.needs else images.without_labels(type(scanner).__name__)
+    verdict = scanner.scan(encoder, data, step.seed, reference_for(scanner, encoder.card))
+    arrays = {}
+    for i, one in enumerate(verdict.evidence):
+        arrays |= {f"inverted/{i}/mask": one.mask, f"inverted/{i}/pattern": one.pattern}
+    return Artefact({"verdict": verdict.to_json()}, arrays)
+
+
+def _purify(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
+    encoder, images = inputs[0].encoder, inputs[1]
+    purifier = step.method
+    evidence: list[Evidence] = [e for one in inputs[2:] for e in scan_evidence(one.values["verdict"], one.arrays)]
+    data = images if "labels" in purifier.needs else images.without_labels(type(purifier).__name__)
+    made, history = purifier.purify_with_history(encoder, data, step.seed, evidence, checkpoint=context.checkpoint)
+    return Artefact({"evidence": len(evidence)}, _curves("purify", history), made)
+
+
+def _score(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
+    encoder, train, test = inputs[0].encoder, inputs[1], inputs[2]
+    m, goals = step.method, goals_of(inputs[3]) if len(inputs) > 3 else ()
+    check_target(m["target_class"], train)
+    goal = next((g for g in goals if g.task == m["task"]), None)
+    h_train, h_test = features(encoder, train), features(encoder, test)
+    h_stamped: Tensor | None = None
+    if goal is not None and goal.trigger is not None:
+        h_stamped = features(encoder, triggered(test, goal.trigger, step.seed.child("trigger")))
+    target, labels = m["target_class"], test.labels
+
+    def counts(head: nn.Module) -> dict[str, tuple[int, int]]:
+        with torch.no_grad():
+            made = {"accuracy": metrics.accuracy(head(h_test).argmax(1), labels)}
+            if h_stamped is not None:
+                hit = head(h_stamped).argmax(1)
+                made["attack_success_rate"] = metrics.attack_success_rate(hit, labels, target)
+                made["attack_success_rate_all"] = metrics.attack_success_rate_all(hit, target)
+                made["robust_accuracy"] = metrics.robust_accuracy(hit, labels, target)
+        return made
+
+    by_seed: dict[str, list[tuple[int, int]]] = {}
+    tails: list[dict[str, Any]] = []
+    for i in range(m["head_seeds"]):
+        history: list[dict[str, tuple[int, int]]] = []
+
+        def watch(head: nn.Module, history: list[dict[str, tuple[int, int]]] = history) -> dict[str, tuple[int, int]]:
+            history.append(counts(head))
+            return history[-1]
+
+        head = m["probe"].fit_features(h_train, train.labels, train.num_classes, step.seed.child("head", i), watch=watch)
+        for name, count in counts(head).items():
+            by_seed.setdefault(name, []).append(count)
+        if history:
+            tails.append({name: metrics.tail([h[name] for h in history]) for name in history[0]})
+    companions = {}
+    if h_stamped is not None:
+        companions["triggered_to_clean_cosine"] = float(metrics.mean_cosine(h_stamped, h_test))
+        companions["triggered_concentration"] = float(metrics.concentration(h_stamped))
+    companions["clean_concentration"] = float(metrics.concentration(h_test))
+    companions["feature_std"] = float(metrics.feature_std(h_test))
+    return Artefact({"counts": by_seed, "tails": tails, "companions": companions})
+
+
+def _describe(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
+    m = step.method
+    train, test, rest = inputs[0], inputs[1], list(inputs[2:])
+    encoders: dict[str, ImageEncoder] = {w: rest.pop(0).encoder for w in m["encoders"]}
+    scans = [(which, rest.pop(0)) for which in m["verdicts"]]
+    goal = next((g for g in goals_of(rest[0]) if g.task == m["task"]), None) if rest else None
+    references = rest[0].arrays.get("references") if rest and isinstance(rest[0], Artefact) else None
+    arrays = describe(encoders, train, test, goal, references, m["probe"], step.seed)
+    for which, artefact in scans:
+        for name, value in artefact.arrays.items():
+            arrays.setdefault(name.replace("inverted/", f"inverted/{which}/"), value)
+    return Artefact({}, arrays)
+
+
+STAGES: Mapping[str, Callable[[Step, Sequence[Value], Context], Value]] = {
+    "data": _data,
+    "check": _check,
+    "pretrain": _pretrain,
+    "references": _references,
+    "poison": _poison,
+    "implant": _implant,
+    "scan": _scan,
+    "purify": _purify,
+    "score": _score,
+    "describe": _describe,
+}

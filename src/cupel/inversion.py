@@ -1,0 +1,326 @@
+"""Trigger inversion: the smallest mask and pattern that make an encoder do something, from several random starts at once."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor, nn
+
+from cupel.errors import CupelError
+from cupel.progress import track
+from cupel.seeds import Seed
+
+__all__ = [
+    "Budget",
+    "CostSchedule",
+    "CostState",
+    "Inverted",
+    "Objective",
+    "concentration",
+    "frozen",
+    "invert",
+    "random_start",
+    "squash",
+    "stamp",
+]
+
+_SPAN = 2 - 1e-7  # keeps tanh(v)/span + ½ inside (0, 1)
+
+Objective = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`objective(stamped, starts, rows)` → the loss to minimise and how far the goal is reached, both `[starts]`.
+
+`stamped` is `[starts, batch, 3, height, width]` in [0, 1], `starts` int64 numbers of the starts still running, `rows`
+int64 `[starts, batch]` the images used. Reach is compared with `Budget.goal` (DECREE: concentration; Neural Cleanse:
+share of images classified as the target).
+"""
+
+
+def squash(v: Tensor) -> Tensor:
+    """Unbounded variables → [0, 1], by tanh.
+
+    Example:
+        >>> [round(float(x), 4) for x in squash(torch.tensor([-10.0, 0.0, 10.0]))]
+        [0.0, 0.5, 1.0]
+    """
+    return (torch.tanh(v) / _SPAN + 0.5).clamp(0, 1)
+
+
+def stamp(
+    x: Float[Tensor, "*batch 3 height width"],
+    mask: Float[Tensor, "*#batch 1 height width"],
+    pattern: Float[Tensor, "*#batch 3 height width"],
+) -> Float[Tensor, "*batch 3 height width"]:
+    """`(1 − m)·x + m·p`, kept in [0, 1]."""
+    return torch.lerp(x, pattern, mask).clamp(0, 1)
+
+
+def concentration(embeddings: Float[Tensor, "*starts batch dim"]) -> Float[Tensor, "*starts"]:
+    """Mean cosine between the embeddings of different images: 1 = all point the same way.
+
+    conc = 1/(B(B−1)) · Σ_{i≠j} ⟨u_i, u_j⟩ with unit rows u, computed as (‖Σ u_i‖² − Σ ‖u_i‖²) / (B(B−1)).
+
+    Args:
+        embeddings: Two rows or more; a zero row counts as orthogonal to all.
+
+    Example:
+        >>> round(float(concentration(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))), 6)
+        0.471405
+
+    Source: Feng et al., DECREE, CVPR 2023, arXiv:2303.15180.
+    Deviations: the reference code accepts |conc|; it is never far below zero for more than two rows.
+    """
+    u = nn.functional.normalize(embeddings.float(), dim=-1, eps=1e-12)
+    n = u.shape[-2]
+    if n < 2:
+        raise ValueError("concentration needs two embeddings")
+    return (u.sum(dim=-2).square().sum(dim=-1) - u.square().sum(dim=(-2, -1))) / (n * (n - 1))
+
+
+class CostState(NamedTuple):
+    """Weight λ of the mask's size, and the length of the current run of successes or failures; each `[starts]`."""
+
+    cost: Float[Tensor, " starts"]
+    up: Int[Tensor, " starts"]
+    down: Int[Tensor, " starts"]
+
+    def at(self, rows: Tensor) -> CostState:
+        """Only the given starts."""
+        return CostState(self.cost[rows], self.up[rows], self.down[rows])
+
+
+@dataclass(frozen=True)
+class CostSchedule:
+    """How the weight λ of the mask's size follows success.
+
+    More than `patience` successes in a row: λ is multiplied, while it is below `high`. More than `patience` failures
+    in a row: λ is divided, while it is at least `low` (so it may end one step below). Either way the count starts anew.
+
+    Args:
+        initial, factor, low, high: λ₀ and its step and bounds.
+        patience: Length of a run that does not yet count.
+
+    Source: Wang et al., Neural Cleanse, S&P 2019; constants of DECREE's code.
+    Deviations: the "reset to λ₀" branch of that code cannot be reached and is left out.
+    """
+
+    initial: float = 1e-3
+    factor: float = 5.0
+    low: float = 1e-5
+    high: float = 1e5
+    patience: int = 5
+
+    def start(self, num_starts: int, device: torch.device | str = "cpu") -> CostState:
+        """λ₀ for every start."""
+        zeros = torch.zeros(num_starts, dtype=torch.int64, device=device)
+        return CostState(torch.full((num_starts,), self.initial, dtype=torch.float64, device=device), zeros, zeros)
+
+    def after(self, state: CostState, success: Bool[Tensor, " starts"]) -> CostState:
+        """The state after one batch."""
+        cost = state.cost
+        up = torch.where(success, state.up + 1, 0)
+        down = torch.where(success, 0, state.down + 1)
+        raised, lowered = up > self.patience, down > self.patience
+        cost = torch.where(raised & (cost < self.high), cost * self.factor, cost)
+        cost = torch.where(lowered & (cost >= self.low), cost / self.factor, cost)
+        return CostState(cost, torch.where(raised, 0, up), torch.where(lowered, 0, down))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long and how an inversion runs.
+
+    Args:
+        steps: Batches in all, unless a start stops early.
+        batch_size: Images per start and batch; all images where there are fewer.
+        lr: Learning rates of Adam, one after the other.
+        lr_until: Share of the steps at which each rate but the last ends.
+        betas: Adam's.
+        goal: Reach above which a batch is a success.
+        patience: A start that found a trigger stops at the end of an epoch when its best did not improve for more
+            than this many batches and the epoch's mean reach is above `goal`; None = never.
+        cost: Schedule of λ.
+    """
+
+    steps: int
+    batch_size: int
+    lr: tuple[float, ...] = (0.5, 0.1, 0.05)
+    lr_until: tuple[float, ...] = (0.03, 0.05)
+    betas: tuple[float, float] = (0.5, 0.9)
+    goal: float = 0.99
+    patience: int | None = 10
+    cost: CostSchedule = CostSchedule()
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self.lr[sum(step >= round(share * self.steps) for share in self.lr_until)]
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """What each start ended with; tensors on the CPU.
+
+    Args:
+        mask: `[starts, height, width]` in [0, 1]: the smallest that reached the goal, else the last one.
+        pattern: `[starts, 3, height, width]` in [0, 1].
+        size: `[starts]`, mean of the mask; 1 where the goal was never reached.
+        reach: `[starts]`, of the batch that the mask was kept from (the last batch where none succeeded).
+        found: `[starts]`, the goal was reached.
+        steps: `[starts]`, batches used.
+    """
+
+    mask: Float[Tensor, "starts height width"]
+    pattern: Float[Tensor, "starts 3 height width"]
+    size: Float[Tensor, " starts"]
+    reach: Float[Tensor, " starts"]
+    found: Bool[Tensor, " starts"]
+    steps: Int[Tensor, " starts"]
+
+
+def random_start(num_starts: int, height: int, width: int, seed: Seed) -> Float[Tensor, "starts 4 height width"]:
+    """Variables whose squashed values are uniform in (0, 1): channel 0 the mask's, 1 to 3 the pattern's."""
+    starts = []
+    for start in range(num_starts):
+        u = torch.rand(4, height, width, dtype=torch.float64, generator=seed.child("start", start).torch())
+        starts.append(torch.atanh((u.clamp(1e-6, 1 - 1e-6) - 0.5) * _SPAN))  # 0 itself would be −∞ in float32
+    return torch.stack(starts).float()
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients to weights inside the `with`; modes and flags of before come back after it."""
+    modes = [(part, part.training) for part in module.modules()]
+    flags = [(weight, weight.requires_grad) for weight in module.parameters()]
+    try:
+        module.eval()
+        module.requires_grad_(False)
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        for weight, flag in flags:
+            weight.requires_grad_(flag)
+
+
+class _Adam:
+    """Adam over starts that may leave: `torch.optim` cannot drop rows of a parameter."""
+
+    def __init__(self, like: Tensor, betas: tuple[float, float]) -> None:
+        self.first, self.second, self.betas, self.t = torch.zeros_like(like), torch.zeros_like(like), betas, 0
+
+    def step(self, v: Tensor, gradient: Tensor, lr: float) -> Tensor:
+        self.t += 1
+        b1, b2 = self.betas
+        self.first.lerp_(gradient, 1 - b1)
+        self.second.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
+        scale = (self.second.sqrt() / math.sqrt(1 - b2**self.t)).add_(1e-8)
+        return v - lr / (1 - b1**self.t) * self.first / scale
+
+    def keep(self, rows: Tensor) -> None:
+        self.first, self.second = self.first[rows], self.second[rows]
+
+
+def invert(
+    objective: Objective,
+    images: UInt8[Tensor, "n 3 height width"],
+    num_starts: int,
+    budget: Budget,
+    seed: Seed,
+    label: str = "invert",
+) -> Inverted:
+    """Minimise `loss + λ · Σ mask · 3` over mask and pattern by Adam, with λ steered by success, for every start.
+
+    The starts share one forward pass but nothing else: each has its own variables, batches, λ and best trigger, and
+    leaves the pass when it stops early.
+
+    Args:
+        objective: Loss and reach per start; it runs the encoder, which must be `frozen`.
+        images: Clean images on the device of the encoder.
+        num_starts: Random starts, at least 1.
+        budget: Steps and rates.
+        seed: Start values and batch order.
+        label: For the progress display.
+
+    Returns:
+        The smallest successful trigger of each start.
+    Raises:
+        CupelError: the objective is NaN or infinite.
+
+    Source: Wang et al., Neural Cleanse, S&P 2019; Feng et al., DECREE, CVPR 2023, arXiv:2303.15180, and its code.
+    Deviations: float32 and [0, 1] instead of float64 and 0–255; mask and pattern are kept together with the best size
+    (the code may lose them between epochs).
+    """
+    n, _, height, width = images.shape
+    device, batch = images.device, min(budget.batch_size, n)
+    per_epoch = n // batch  # the short rest of an epoch is dropped
+    v = random_start(num_starts, height, width, seed).to(device)
+    adam, lam = _Adam(v, budget.betas), budget.cost.start(num_starts, device)
+    alive = torch.arange(num_starts, device=device)
+    best = torch.full((num_starts,), math.inf, device=device)
+    kept = torch.zeros_like(v)
+    reached = torch.zeros(num_starts, device=device)
+    used = torch.zeros(num_starts, dtype=torch.int64, device=device)
+    stale = torch.zeros(num_starts, dtype=torch.int64, device=device)
+    order = torch.empty(0)
+    epoch_reach = torch.zeros(num_starts, device=device)
+    with track(label, budget.steps) as advance:
+        for step in range(budget.steps):
+            epoch, at = divmod(step, per_epoch)
+            if at == 0:
+                order = _orders(alive, n, epoch, seed).to(device)
+                epoch_reach = torch.zeros(len(alive), device=device)
+            rows = order[:, at * batch : (at + 1) * batch]
+            x = images[rows].float().div_(255)
+            v.requires_grad_(True)
+            trigger = squash(v)
+            stamped = stamp(x, trigger[:, None, :1], trigger[:, None, 1:])
+            loss, reach = objective(stamped, alive, rows)
+            size = trigger[:, 0].mean(dim=(1, 2))
+            total = loss + lam.cost.float() * (3 * height * width) * size
+            (gradient,) = torch.autograd.grad(total.sum(), v)
+            with torch.no_grad():
+                trigger, size, reach = trigger.detach(), size.detach(), reach.detach()
+                success = reach > budget.goal
+                better = success & (size < best[alive])
+                unfound = best[alive].isinf() & ~success
+                keep = better | unfound
+                kept[alive] = torch.where(keep[:, None, None, None], trigger, kept[alive])
+                reached[alive] = torch.where(keep, reach, reached[alive])
+                best[alive] = torch.where(better, size, best[alive])
+                stale[alive] = torch.where(keep, 0, stale[alive] + 1)
+                used[alive] += 1
+                epoch_reach += reach / per_epoch
+                lam = budget.cost.after(lam, success)
+                v = adam.step(v.detach(), gradient, budget.lr_at(step))
+            last = at == per_epoch - 1
+            if (last or step == budget.steps - 1) and not bool((v.isfinite().all() & reach.isfinite().all()).item()):
+                raise CupelError(label, "the model gave NaN or infinite values", "check its weights and normalisation")
+            if last and budget.patience is not None:
+                running = ~((stale[alive] > budget.patience) & (epoch_reach > budget.goal))
+                if not bool(running.all()):
+                    alive, v, lam = alive[running], v[running], lam.at(running)
+                    adam.keep(running)
+                    if len(alive) == 0:
+                        break
+            advance(step + 1)
+    found = best.isfinite()
+    return Inverted(
+        mask=kept[:, 0].cpu(),
+        pattern=kept[:, 1:].cpu(),
+        size=torch.where(found, best, 1.0).cpu(),
+        reach=reached.cpu(),
+        found=found.cpu(),
+        steps=used.cpu(),
+    )
+
+
+def _orders(alive: Tensor, n: int, epoch: int, seed: Seed) -> Int[Tensor, "starts n"]:
+    """A permutation of the images for each running start."""
+    return torch.stack(
+        [torch.randperm(n, generator=seed.child("order", start, epoch).torch()) for start in alive.tolist()]
+    )

@@ -1,0 +1,109 @@
+"""SimCLR."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from cupel.augment import SimCLRAugment
+from cupel.encoders import ImageEncoder
+from cupel.losses import nt_xent
+from cupel.optimizers import Recipe
+from cupel.protocols import Batch
+from cupel.seeds import Seed
+from cupel.settings import Positive, PositiveInt, settings
+
+__all__ = ["SimCLR"]
+
+
+@settings
+class SimCLR(Recipe):
+    """Contrastive pre-training: two views of an image attract, all other views of the batch repel.
+
+    Args:
+        temperature: τ > 0.
+        projection: Output dimensions of the projector.
+        projector: `badencoder` = Linear (no bias), BatchNorm, ReLU, Linear; `plain` = Linear, ReLU, Linear.
+        projector_width: Hidden dimensions of the projector; None = the encoder's width.
+        augment: How views are made.
+
+    Presets: `fast` (minutes on two CPU cores), `badencoder` (the CIFAR recipe of the BadEncoder authors) and
+    `google_cifar` (the CIFAR recipe of the SimCLR authors).
+
+    Source: Chen et al., ICML 2020, arXiv:2002.05709.
+    Deviations: the augmentation's (see `SimCLRAugment`); the mean of the loss over both views where the authors' code
+    sums two means; both views in one forward pass, so BatchNorm sees 2·batch images.
+    """
+
+    temperature: Positive = 0.5
+    projection: PositiveInt = 128
+    projector: Literal["badencoder", "plain"] = "badencoder"
+    projector_width: Annotated[int, Field(gt=0)] | None = None
+    augment: SimCLRAugment = SimCLRAugment()
+    revision: ClassVar[int] = 1
+
+    @classmethod
+    def preset(cls, name: Literal["fast", "badencoder", "google_cifar"]) -> SimCLR:
+        """Settings of a published recipe, or ours for two CPU cores."""
+        match name:
+            case "fast":
+                return cls(optimizer="adamw", lr=2e-3, batch_size=128, steps=600, temperature=0.2)
+            case "badencoder":
+                return cls(
+                    optimizer="adam", lr=1e-3, weight_decay=1e-6, batch_size=256, epochs=1000, schedule="constant"
+                )
+            case "google_cifar":  # lr = 1.0 · batch / 256; 10 of 1000 epochs of warm-up, 97 steps each
+                return cls(
+                    optimizer="lars", lr=2.0, weight_decay=1e-4, batch_size=512, epochs=1000, warmup_steps=970
+                )
+
+    def learner(self, encoder: ImageEncoder, seed: Seed) -> SimCLRLearner:
+        """Encoder and a fresh projector, ready to train."""
+        return SimCLRLearner(self, encoder, seed)
+
+
+class SimCLRLearner:
+    """Encoder and projector under NT-Xent."""
+
+    def __init__(self, settings: SimCLR, encoder: ImageEncoder, seed: Seed) -> None:
+        self.settings, self.encoder = settings, encoder
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed.child("projector").value)
+            projector = _projector(settings, encoder.width)
+        device = next(encoder.module.parameters()).device
+        self.projector = projector.to(device)
+        self.state = nn.ModuleDict({"encoder": encoder.module, "projector": self.projector}).train()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Weights of encoder and projector."""
+        return list(self.state.parameters())
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """NT-Xent of one batch, and the embeddings' standard deviation (about 1 healthy, towards 0 collapsed)."""
+        generator = batch.seed.torch(batch.inputs.device)
+        views = self.settings.augment(torch.cat([batch.inputs, batch.inputs]), generator)
+        h = self.encoder(views)
+        z1, z2 = self.projector(h).chunk(2)
+        with torch.no_grad():
+            spread = F.normalize(h.float(), dim=1).std(dim=0).mean() * h.shape[1] ** 0.5
+        return nt_xent(z1, z2, self.settings.temperature), {"feature_std": spread}
+
+    def after_step(self) -> None:
+        """Nothing."""
+
+
+def _projector(settings: SimCLR, width: int) -> nn.Module:
+    hidden = settings.projector_width or width
+    if settings.projector == "plain":
+        return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, settings.projection))
+    return nn.Sequential(
+        nn.Linear(width, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, settings.projection),
+    )
