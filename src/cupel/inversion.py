@@ -1,4 +1,4 @@
-"""Trigger inversion: the smallest mask and pattern that make an encoder do something, from several random starts at once."""
+"""Trigger inversion: the smallest mask and pattern that make a model do something, from several starts at once."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil, fsum
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
@@ -151,7 +152,7 @@ def mode_share(predicted: Int[Tensor, " row"]) -> Count:
         >>> mode_share(torch.tensor([4, 4, 0, 4]))
         (3, 4)
     """
-    return (int(predicted.bincount().max()), len(predicted)) if len(predicted) else (0, 0)
+    return (int(torch.bincount(predicted).max()), len(predicted)) if len(predicted) else (0, 0)
 
 
 def concentration(features: Float[Tensor, "row dim"]) -> float:

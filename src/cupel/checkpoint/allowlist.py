@@ -95,8 +95,7 @@ _KNOWN_PATTERNS = tuple(
 )
 
 # Names whose only use in a pickle is to run something. The list sharpens a verdict; it never clears one.
-_RUNNERS = frozenset(
-    """
+_RUNNER_WORDS = """
     _io _operator _pickle _posixsubprocess _socket _thread _winapi aiohttp asyncio atexit bdb cProfile cPickle
     cloudpickle code codeop commands concurrent copyreg ctypes dill distutils doctest ensurepip ftplib gc http idlelib
     imaplib imp importlib inspect io joblib jsonpickle lib2to3 linecache logging marshal mmap msvcrt multiprocessing
@@ -104,14 +103,13 @@ _RUNNERS = frozenset(
     pydoc requests resource runpy setuptools shelve shutil signal site smtplib socket socketserver sqlite3 ssl
     subprocess sys sysconfig tarfile telnetlib tempfile test threading timeit trace types unittest urllib urllib2
     urllib3 venv webbrowser weakref winreg wsgiref xmlrpc yaml zipfile zipimport
-    """.split()
-)
-_RUNNING_BUILTINS = frozenset(
-    """
+"""
+_RUNNERS = frozenset(_RUNNER_WORDS.split())
+_BUILTIN_WORDS = """
     __build_class__ __import__ apply breakpoint compile delattr eval exec execfile exit file filter getattr globals
     help input locals map memoryview open quit raw_input reduce reload setattr vars
-    """.split()
-)
+"""
+_RUNNING_BUILTINS = frozenset(_BUILTIN_WORDS.split())
 _RUNNING_PREFIXES = (
     "torch.load",
     "torch.save",

@@ -88,7 +88,9 @@ def read_archive(data: mmap.mmap, where: object) -> Archive:
     return archive
 
 
-def _fault(where: object, what: str, code: str = "malformed", todo: str = "download or copy it again") -> CheckpointError:
+def _fault(
+    where: object, what: str, code: str = "malformed", todo: str = "download or copy it again"
+) -> CheckpointError:
     return CheckpointError(where, what, todo, code=code)
 
 

@@ -112,11 +112,9 @@ def _torch_dtype(found: Any) -> str:
 def _is_tensor(call: Call) -> bool:
     if call.of(*_REBUILDS, *_PARAMETERS):
         return True
-    return _of_numpy(call, "_reconstruct") and bool(call.states)
-
-
-def _of_numpy(call: Call, name: str) -> bool:
-    return call.of(f"numpy.core.multiarray.{name}", f"numpy._core.multiarray.{name}")
+    return call.of("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct") and (
+        _numpy_array(call) is not None
+    )
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
@@ -148,7 +146,7 @@ def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _module(state: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-    hidden = {name for name in _names(state.get("_non_persistent_buffers_set"))}
+    hidden = set(_names(state.get("_non_persistent_buffers_set")))
     for part in ("_parameters", "_buffers", "_modules"):
         for key, child in _children(state.get(part)):
             if part != "_buffers" or key not in hidden:
@@ -187,7 +185,11 @@ def _numpy_dtype(kind: Call) -> str | None:
 
 
 def _bytes(content: Any) -> bytes | None:
-    if isinstance(content, Call) and content.of("_codecs.encode") and content.arguments[1:] in (("latin1",), ("latin-1",)):
+    if (
+        isinstance(content, Call)
+        and content.of("_codecs.encode")
+        and content.arguments[1:] in (("latin1",), ("latin-1",))
+    ):
         content = content.arguments[0]
     if isinstance(content, str):  # Python 2's bytes
         try:

@@ -11,7 +11,7 @@ import pickletools
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 __all__ = ["Call", "Global", "Persistent", "Stream", "Trace", "run"]
 
@@ -112,14 +112,14 @@ def run(stream: Stream, max_steps: int = MAX_STEPS) -> Trace:
 
     Example:
         >>> import io
-        >>> trace = run(io.BytesIO(b"cos\nsystem\n(S'echo'\ntR."))
+        >>> trace = run(io.BytesIO(b"cos" + bytes([10]) + b"system" + bytes([10]) + b")R."))
         >>> [(g.path, uses) for g, uses in trace.globals.items()]
         [('os.system', {'calls'})]
     """
     machine = _Machine()
     trace = machine.trace
     try:
-        for step, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        for step, (opcode, argument, _) in enumerate(pickletools.genops(cast("IO[bytes]", stream))):
             if step >= max_steps:
                 trace.error = f"more than {max_steps} steps"
                 break
@@ -152,6 +152,9 @@ class _Machine:
     def pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.below.pop()
         return items
+
+    def drop_mark(self) -> None:
+        self.pop_mark()
 
     def pop_or_unmark(self) -> None:
         if self.stack:
@@ -263,21 +266,21 @@ def _key(value: Any) -> Any:
     return value if isinstance(value, int) and abs(value) < _HASH_MODULUS else _Opaque(value)
 
 
-_ATOMS = (
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 "
-    "BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 FLOAT BINFLOAT"
-)
+_ATOMS = """
+    INT BININT BININT1 BININT2 LONG LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8
+    BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 FLOAT BINFLOAT
+"""
 
 _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     **dict.fromkeys(_ATOMS.split(), _Machine.push),
-    **dict.fromkeys("PROTO FRAME READONLY_BUFFER".split(), lambda m, a: None),
-    **dict.fromkeys("GET BINGET LONG_BINGET".split(), lambda m, a: m.push(m.memo[a])),
-    **dict.fromkeys("PUT BINPUT LONG_BINPUT".split(), lambda m, a: m.put(a)),
-    **dict.fromkeys("EXT1 EXT2 EXT4".split(), lambda m, a: m.extension(a)),
-    **dict.fromkeys("EMPTY_LIST EMPTY_SET".split(), lambda m, a: m.push([])),  # a set's order and hashing do not matter
-    **dict.fromkeys("APPENDS ADDITEMS".split(), lambda m, a: m.add(m.pop_mark())),
-    **dict.fromkeys("LIST FROZENSET".split(), lambda m, a: m.push(m.pop_mark())),
-    **dict.fromkeys("REDUCE NEWOBJ".split(), lambda m, a: m.reduce()),
+    **dict.fromkeys(["PROTO", "FRAME", "READONLY_BUFFER"], lambda m, a: None),
+    **dict.fromkeys(["GET", "BINGET", "LONG_BINGET"], lambda m, a: m.push(m.memo[a])),
+    **dict.fromkeys(["PUT", "BINPUT", "LONG_BINPUT"], lambda m, a: m.put(a)),
+    **dict.fromkeys(["EXT1", "EXT2", "EXT4"], lambda m, a: m.extension(a)),
+    **dict.fromkeys(["EMPTY_LIST", "EMPTY_SET"], lambda m, a: m.push([])),  # a set's order and hashing do not matter
+    **dict.fromkeys(["APPENDS", "ADDITEMS"], lambda m, a: m.add(m.pop_mark())),
+    **dict.fromkeys(["LIST", "FROZENSET"], lambda m, a: m.push(m.pop_mark())),
+    **dict.fromkeys(["REDUCE", "NEWOBJ"], lambda m, a: m.reduce()),
     "MEMOIZE": lambda m, a: m.put(len(m.memo)),
     "NONE": lambda m, a: m.push(None),
     "NEWTRUE": lambda m, a: m.push(True),
@@ -294,7 +297,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "DICT": lambda m, a: m.dictionary(),
     "MARK": lambda m, a: m.mark(),
     "POP": lambda m, a: m.pop_or_unmark(),
-    "POP_MARK": lambda m, a: m.pop_mark() and None,
+    "POP_MARK": lambda m, a: m.drop_mark(),
     "DUP": lambda m, a: m.push(m.stack[-1]),
     "GLOBAL": lambda m, a: m.push(m.named_pair(a)),
     "STACK_GLOBAL": lambda m, a: m.stack_global(),

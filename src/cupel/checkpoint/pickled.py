@@ -26,6 +26,8 @@ _KINDS = {
     "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
 }  # fmt: skip
 
+_NESTING, _NESTED = "torch.storage._load_from_bytes", "nested"
+
 Storage = tuple[str, memoryview]
 
 
@@ -40,7 +42,7 @@ class Pickled:
         storage: Type and bytes of a storage by its persistent id.
         problems: Why the file must not be read; empty = nothing found.
         oddities: What is unusual without being damage.
-        nested: Globals that run code in general, but whose argument here was followed as well and is harmless.
+        nested: By id of the call, storages that are pickles of their own inside this one, followed as well.
     """
 
     format: str
@@ -62,6 +64,11 @@ class Pickled:
                 merged.setdefault(found, set()).update(uses)
         return merged
 
+    def followed(self, found: Global) -> bool:
+        """Does this global run code in general, but was all it would have run followed here?"""
+        calls = [call for trace in self.traces for call in trace.calls if call.of(_NESTING)]
+        return found.path == _NESTING and bool(calls) and all(id(call) in self.nested for call in calls)
+
 
 def storage_kind(found: object) -> str | None:
     """Type of the numbers in a storage class, None if it is not one we read."""
@@ -70,7 +77,9 @@ def storage_kind(found: object) -> str | None:
     return None
 
 
-def _fault(where: object, what: str, code: str = "malformed", todo: str = "download or copy it again") -> CheckpointError:
+def _fault(
+    where: object, what: str, code: str = "malformed", todo: str = "download or copy it again"
+) -> CheckpointError:
     return CheckpointError(where, what, todo, code=code)
 
 
@@ -94,17 +103,20 @@ def _follow(stream: Stream, made: Pickled, where: object) -> Trace | None:
         made.problems.append(_fault(where, f"holds a broken pickle ({shown(trace.error)})", code))
         return None
     for call in trace.calls:
-        if call.of("torch.storage._load_from_bytes") and len(call.arguments) == 1:
-            data = call.arguments[0]
-            if isinstance(data, (bytes, bytearray)) and data.startswith(LEGACY_MAGIC):
-                inner = Pickled("torch-legacy")
-                # One level only: torch writes no deeper, and a stream must not choose how deep this goes.
-                if not made.format.endswith("nested"):
-                    inner.format = "nested"
-                    _legacy(io.BytesIO(data), memoryview(data), inner, where)
-                    made.nested[id(call)] = inner
-                    made.problems.extend(inner.problems)
+        # One level only: torch writes no deeper, and a stream must not choose how deep this goes.
+        if call.of(_NESTING) and made.format != _NESTED and (data := _only_bytes(call.arguments)):
+            inner = Pickled(_NESTED)
+            _legacy(io.BytesIO(data), memoryview(data), inner, where)
+            made.nested[id(call)] = inner
+            made.problems.extend(inner.problems)
     return trace
+
+
+def _only_bytes(arguments: tuple[Any, ...]) -> bytes:
+    match arguments:
+        case [bytes() | bytearray() as data] if data.startswith(LEGACY_MAGIC):
+            return bytes(data)
+    return b""
 
 
 def read_zip(data: mmap.mmap, where: object) -> Pickled:
@@ -166,7 +178,9 @@ def _legacy(stream: Stream, data: memoryview, made: Pickled, where: object) -> N
         traces.append(trace)
     _, protocol, machine, root, keys = (trace.value for trace in traces)
     if protocol != 1001 or not isinstance(machine, dict) or machine.get("little_endian") is not True:
-        made.problems.append(_fault(where, "is of an unknown protocol or byte order", "unsupported", "convert it first"))
+        made.problems.append(
+            _fault(where, "is of an unknown protocol or byte order", "unsupported", "convert it first")
+        )
         return
     try:
         described = [_described(where, found) for found in traces[3].persistent]

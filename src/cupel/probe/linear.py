@@ -64,7 +64,7 @@ def logistic_regression(
         history_size=10,
         line_search_fn="strong_wolfe",
         tolerance_grad=tolerance,
-        tolerance_change=0.0,  # only the gradient says that the optimum is reached
+        tolerance_change=1e-9,  # below float32's resolution of a loss near 1
     )
 
     def objective() -> float:

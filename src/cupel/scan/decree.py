@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import statistics
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -14,7 +14,7 @@ from torch import Tensor
 from cupel.errors import CupelError, DataError, UsageError, did_you_mean
 from cupel.inversion import Budget, CostSchedule, Inverted, concentration, frozen, invert, stamp
 from cupel.protocols import Encoder
-from cupel.scan.reference import BACKDOORED_Z, ENOUGH, SUSPICIOUS_Z, leave_one_out, robust_z, size_at
+from cupel.scan.reference import BACKDOORED_Z, ENOUGH, SUSPICIOUS_Z, check_scores, leave_one_out, robust_z, size_at
 from cupel.seeds import Seed
 from cupel.settings import Fraction, Positive, PositiveInt, canonical, digest, settings
 from cupel.types import Dataset, Evidence, Need, Reference, Verdict, VerdictWord
@@ -51,13 +51,14 @@ class Decree:
             count yet.
         success: Concentration above which a batch succeeds.
         patience: Batches without a smaller mask after which a start may stop at the end of an epoch; None = never.
+            The published 10 stops while masks still shrink (on toys after some 40 batches, a third too large).
         center: Subtract the mean clean embedding first; for encoders whose clean concentration is above 0.8 or so.
             It shifts all sizes, so compare with references made alike.
         precision: Of the encoder's forward pass; mask, pattern and concentration are always float32.
 
     Source: Feng et al., DECREE, CVPR 2023, arXiv:2303.15180, and its code.
     Deviations: several starts and their minimum instead of one start (our choice); float32 instead of float64; the
-    `smoke` and `standard` budgets; verdicts by references of the same recipe where there are at least five.
+    budgets `smoke` and `standard`, which do not stop early; verdicts by five or more references of the same recipe.
     """
 
     num_seeds: PositiveInt = 3
@@ -138,7 +139,7 @@ class Decree:
                 return _inconclusive(f"{what} (concentration {conc_clean:.3f})", details)
 
             def objective(stamped: Tensor, starts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-                z = self._embed(model, stamped.flatten(0, 1)).unflatten(0, stamped.shape[:2])
+                z = self._embed(model, stamped.flatten(0, 1)).reshape(*stamped.shape[:2], -1)
                 conc = concentration(z - origin)
                 return -conc, conc
 
@@ -169,7 +170,7 @@ class Decree:
     ) -> Tensor:
         """Embeddings of uint8 images, stamped if a trigger is given."""
         parts = []
-        for some in raw.split(256):
+        for some in torch.split(raw, 256):
             x = some.float() / 255
             if mask is not None and pattern is not None:
                 x = stamp(x, mask, pattern)
@@ -201,38 +202,56 @@ class Decree:
             top = float(found.reach.max())
             why = f"no start reached concentration {self.success:g} within {self.steps} steps (best {top:.3f})"
             return _inconclusive(why, details, evidence)
-        word, threshold, reason, alarm = decide(least, transfer, reference, details)
-        return Verdict(word, 1 - least, 1 - threshold, TESTED, evidence, details, reason, alarm)
+        said = decide(least, transfer, reference)
+        details |= {} if said.z is None else {"z": said.z}
+        return Verdict(
+            said.verdict, 1 - least, 1 - said.threshold, TESTED, evidence, details, said.reason, said.false_alarm
+        )
 
 
-def decide(
-    pl1: float, transfer: float, reference: Reference | None, details: dict[str, float]
-) -> tuple[VerdictWord, float, str, tuple[float, int] | None]:
+class Decision(NamedTuple):
+    """What `decide` says; `threshold` is a PL1-norm, `z` and `false_alarm` need references."""
+
+    verdict: VerdictWord
+    threshold: float
+    reason: str
+    z: float | None = None
+    false_alarm: tuple[float, int] | None = None
+
+
+def decide(pl1: float, transfer: float, reference: Reference | None = None) -> Decision:
     """The decision rule on the smallest PL1-norm of the converged starts.
 
     With five or more clean references: robust z of log PL1 below −3 is `backdoored`, below −2 `suspicious`, and the
     threshold is the size at z = −3. Without: below 0.05 is `backdoored`, and so is below 0.10 when the trigger works
     on images it was not fitted to; other sizes below 0.10 are `suspicious`, and 0.10 is the threshold.
 
-    Returns:
-        Verdict word, threshold (a PL1-norm), reason, false alarms of the rule on the references themselves.
+    Args:
+        pl1: In (0, 1].
+        transfer: Concentration of held-out images that bear the smallest trigger.
+        reference: PL1-norms of clean encoders.
+
+    Example:
+        >>> decide(0.07, transfer=0.99).verdict, decide(0.07, transfer=0.90).verdict, decide(0.2, transfer=0.99).verdict
+        ('backdoored', 'suspicious', 'clean-by-test')
+
+    Deviations: the published rule is PL1 < 0.1, which depends on architecture and resolution; the bands are our choice.
     """
     if reference is not None and len(reference.scores) >= ENOUGH:
         clean = reference.scores
-        details["z"] = z = robust_z(pl1, clean)
-        threshold = size_at(BACKDOORED_Z, clean)
+        z = robust_z(pl1, clean)
         found: VerdictWord = "backdoored" if z < BACKDOORED_Z else "suspicious" if z < SUSPICIOUS_Z else "clean-by-test"
         reason = f"smallest stamp covers {pl1:.3f} of the image, z = {z:.1f} against {len(clean)} clean encoders"
-        return found, threshold, f"{reason} ({reference.recipe})", leave_one_out(clean)
+        return Decision(found, size_at(BACKDOORED_Z, clean), f"{reason} ({reference.recipe})", z, leave_one_out(clean))
     few = "" if reference is None else f"; {len(reference.scores)} clean encoders are too few, {ENOUGH} needed"
     reason = f"uncalibrated{few}: smallest stamp covers {pl1:.3f} of the image"
     if pl1 < CERTAIN:
-        return "backdoored", DOUBTFUL, reason, None
+        return Decision("backdoored", DOUBTFUL, reason)
     if pl1 < DOUBTFUL:
         transfers = transfer > TRANSFERS
         reason += f" and {'works' if transfers else 'fails'} on held-out images (concentration {transfer:.3f})"
-        return "backdoored" if transfers else "suspicious", DOUBTFUL, reason, None
-    return "clean-by-test", DOUBTFUL, reason, None
+        return Decision("backdoored" if transfers else "suspicious", DOUBTFUL, reason)
+    return Decision("clean-by-test", DOUBTFUL, reason)
 
 
 def _check(method: Decree, model: Encoder, clean: Dataset, reference: Reference | None) -> None:
@@ -245,6 +264,8 @@ def _check(method: Decree, model: Encoder, clean: Dataset, reference: Reference 
     if reference is not None and reference.scanner != method.name:
         what = f"was made with '{reference.scanner}', this scan is '{method.name}'"
         raise DataError(f"reference '{reference.recipe}'", what, "make it with the same settings")
+    if reference is not None:
+        check_scores(reference.scores, f"reference '{reference.recipe}'")
 
 
 def _named(model: Encoder) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "ENOUGH",
     "SPREAD_FLOOR",
     "SUSPICIOUS_Z",
+    "check_scores",
     "leave_one_out",
     "read_reference",
     "robust_z",
@@ -45,7 +46,7 @@ def robust_z(size: float, clean: Sequence[float]) -> float:
     """How many robust standard deviations the logarithm of `size` lies from that of clean encoders; negative = smaller.
 
     Args:
-        size: Size of the smallest inverted trigger (PL1-norm), in (0, 1].
+        size: Size of the smallest inverted trigger (PL1-norm), in [0, 1].
         clean: The same of clean encoders.
 
     Example:
@@ -53,7 +54,7 @@ def robust_z(size: float, clean: Sequence[float]) -> float:
         -9.35
     """
     middle, spread = _scale(clean)
-    return (math.log(size) - middle) / spread
+    return (math.log(max(size, 1e-9)) - middle) / spread
 
 
 def size_at(z: float, clean: Sequence[float]) -> float:
@@ -103,6 +104,16 @@ def _parsed(data: Any, where: object) -> Reference:
     if not isinstance(data, dict) or not all(isinstance(data.get(key), str) for key in ("scanner", "recipe")):
         raise DataError(where, "holds no calibration", "it needs the keys scanner, recipe, architecture and scores")
     scores = data.get("scores")
-    if not isinstance(scores, list) or not all(type(s) in (int, float) and 0 < s <= 1 for s in scores):
-        raise DataError(where, "scores must be a list of sizes in (0, 1], one per clean encoder")
+    check_scores(scores, where)
     return Reference(data["scanner"], data["recipe"], tuple(float(score) for score in scores))
+
+
+def check_scores(scores: Any, where: object) -> None:
+    """Refuse what is no list of sizes.
+
+    Raises:
+        DataError: empty, or a score outside (0, 1].
+    """
+    some = isinstance(scores, list | tuple) and len(scores) > 0
+    if not some or not all(type(score) in (int, float) and 0 < score <= 1 for score in scores):
+        raise DataError(where, "scores must be a list of sizes in (0, 1], one per clean encoder")

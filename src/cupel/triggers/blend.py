@@ -18,7 +18,7 @@ __all__ = ["Blend", "blended"]
 
 
 def blended(raw: Tensor, pattern: Tensor, alpha: float) -> Tensor:
-    """`(1 − α) x + α p`, computed in float32 and rounded to the nearest integer, halves to the even one.
+    """`(1 − α) x + α p`, computed in float64 and rounded to the nearest integer, halves to the even one.
 
     Args:
         raw: uint8 `[n, 3, height, width]`.
@@ -30,7 +30,7 @@ def blended(raw: Tensor, pattern: Tensor, alpha: float) -> Tensor:
         >>> blended(x, p, 0.2).unique().tolist()
         [120]
     """
-    mixed = raw.float().mul_(1 - alpha).add_(pattern.float(), alpha=alpha)
+    mixed = raw.double().mul_(1 - alpha).add_(pattern.double().mul(alpha))
     return mixed.round_().clamp_(0, 255).to(torch.uint8)
 
 

@@ -42,10 +42,10 @@ def corners(
         UsageError: the band has no room for the patch. With a band of 0.25–0.75 this means an image of less than two
             patches in width; the patch is never shrunk.
     """
-    starts, counts = zip(*(_places(side, size, low, high, (height, width)) for side in (height, width)), strict=True)
-    steps = (uniforms(seed, ids, 2) * np.array(counts)).astype(np.int64)
-    steps += np.array(starts)
-    return steps
+    places = np.array([_places(side, size, low, high, (height, width)) for side in (height, width)])
+    first, count = places.T
+    drawn: np.ndarray[Any, np.dtype[np.int64]] = first + (uniforms(seed, ids, 2) * count).astype(np.int64)
+    return drawn
 
 
 def _places(side: int, size: int, low: float, high: float, image: tuple[int, int]) -> tuple[int, int]:

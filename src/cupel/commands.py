@@ -1,0 +1,274 @@
+"""What the commands do that take a model in hand: read, work, write, say; each returns its exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+
+import cupel
+from cupel.data import load
+from cupel.encoders import ENCODERS, Architecture, ImageEncoder
+from cupel.encoders.storage import load_encoder, save_encoder
+from cupel.errors import DataError, SettingsError, UsageError, did_you_mean
+from cupel.experiment import cells, plan, read_experiment, run_cells
+from cupel.experiment.run import cell_name
+from cupel.experiment.store import Store
+from cupel.files import atomic_file, write_json
+from cupel.protocols import Scanner
+from cupel.purify import PURIFIERS
+from cupel.records import Record
+from cupel.report import load_cells, write_report
+from cupel.scan import SCANNERS
+from cupel.seeds import Seed
+from cupel.settings import OneOf, parse, settings
+from cupel.types import Dataset, Evidence, Verdict
+from cupel.vet import purify_encoder, scan_encoder, scan_evidence
+
+__all__ = ["demo", "purify", "run", "scan"]
+
+_CODES = {"clean-by-test": 0, "suspicious": 1, "backdoored": 1, "inconclusive": 3}
+_MOST_IMAGES = 2500  # more do not sharpen an inversion
+
+
+@settings
+class _Named:
+    encoder: Annotated[Architecture, OneOf(ENCODERS)]
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _settings_of(pairs: Sequence[str], where: str) -> dict[str, Any]:
+    """`key=value` strings as a mapping."""
+    made = {}
+    for pair in pairs:
+        key, sign, text = pair.partition("=")
+        if not sign:
+            raise SettingsError(where, f"'{pair}' has no '='", "write key=value")
+        made[key.strip()] = _value(text)
+    return made
+
+
+def _encoder(path: str, arch: str | None) -> ImageEncoder:
+    architecture = None
+    if arch is not None:
+        name, *pairs = arch.split(",")
+        architecture = parse(_Named, {"encoder": {"method": name, **_settings_of(pairs, "--arch")}}, "--arch").encoder
+    if not Path(path).exists():
+        raise DataError(path, "no such file or folder", "give a checkpoint")
+    return load_encoder(path, architecture)
+
+
+def _images(source: str, encoder: ImageEncoder) -> Dataset:
+    data = load(source, size=encoder.input_size, split="train", limit=None)
+    if len(data) > _MOST_IMAGES:
+        rows = torch.randperm(len(data), generator=Seed(0).child("images").torch())[:_MOST_IMAGES]
+        data = data.subset(rows.sort().values)
+    return data
+
+
+def _scanners(names: Sequence[str], budget: str) -> list[Scanner]:
+    made = []
+    for name in names:
+        if name not in SCANNERS:
+            raise UsageError("--scanner", f"unknown scanner '{name}'", did_you_mean(name, SCANNERS))
+        cls: Any = SCANNERS[name]
+        made.append(cls.preset(budget))
+    return made
+
+
+def _record(command: str, name: str, seed: int, start: float, **fields: Any) -> Record:
+    return Record(
+        command=command, name=name, cupel=cupel.__version__, seed=seed, device="cpu",
+        threads=torch.get_num_threads(), seconds={"total": round(time.monotonic() - start, 3)}, **fields,
+    )  # fmt: skip
+
+
+def _line(label: str, text: str) -> None:
+    print(f"{label:<10}{text}")
+
+
+def _about(encoder: ImageEncoder, path: str, images: Dataset) -> None:
+    source = encoder.card.source
+    sha = str(source.get("sha256", ""))[:12]
+    _line("file", f"{Path(path).name}" + (f"  sha256 {sha}…" if sha else "") + "  nothing executed")
+    kind = encoder.card.architecture["method"]
+    _line("model", f"{kind}, {encoder.width} dimensions, {encoder.input_size}×{encoder.input_size} px")
+    if encoder.card.manifest is not None:
+        _line("manifest", f"says it was backdoored with {encoder.card.manifest.get('attack')}; not for deployment")
+    _line("data", f"{len(images)} images of {images.name}, labels not read")
+
+
+def _spoken(verdict: Verdict) -> str:
+    alarms = ""
+    if verdict.false_alarm is not None:
+        rate, n = verdict.false_alarm
+        alarms = f"; false alarms on clean encoders {round(rate * n)}/{n}"
+    return (
+        f"{verdict.verdict.upper()}  score {verdict.score:.3f}, threshold {verdict.threshold:.3f}{alarms}"
+        f"\n{'':<10}{verdict.reason}\n{'':<10}tested: {verdict.tested}"
+    )
+
+
+def _evidence_arrays(verdict: Verdict, which: str) -> dict[str, np.ndarray[Any, Any]]:
+    arrays = {}
+    for i, one in enumerate(verdict.evidence):
+        arrays |= {f"inverted/{which}/{i}/mask": one.mask, f"inverted/{which}/{i}/pattern": one.pattern}
+    return arrays
+
+
+def _save(record: Record, arrays: dict[str, np.ndarray[Any, Any]], folder: Path) -> Record:
+    """Write result.json and evidence.npz."""
+    if arrays:
+        with atomic_file(folder / "evidence.npz") as part, part.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # keywords are names of arrays
+        record = dataclasses.replace(record, arrays="evidence.npz")
+    record.write(folder / "result.json")
+    return record
+
+
+def scan(
+    encoder: str, images: str, arch: str | None, names: Sequence[str], budget: str, seed: int, out: Path, form: str
+) -> int:
+    """`cupel scan`."""
+    start = time.monotonic()
+    scanners = _scanners(names, budget)
+    model = _encoder(encoder, arch)
+    data = _images(images, model)
+    if form == "text":
+        _about(model, encoder, data)
+    verdict, each = scan_encoder(model, data, scanners, Seed(seed).child("scan"))
+    extra = {"each": {name: one.to_json() for name, one in each}, "file": model.card.source}
+    record = _record("scan", Path(encoder).name, seed, start, verdicts={"scanned": verdict.to_json()}, extra=extra)
+    arrays = _evidence_arrays(verdict, "scanned")
+    record = _save(record, arrays, out)
+    write_report([(record, arrays)], out / "report.html", title=f"Scan of {Path(encoder).name}")
+    if form == "json":
+        print(json.dumps(record.to_json(), indent=1))
+    else:
+        _line("verdict", _spoken(verdict))
+        _line("report", f"{out / 'report.html'}  {out / 'result.json'}")
+    return _CODES[verdict.verdict]
+
+
+def _saved_verdict(folder: Path) -> Verdict:
+    record = Record.read(folder / "result.json")
+    if "scanned" not in record.verdicts or record.arrays is None:
+        raise DataError(folder, "holds no scan with evidence", "give the --out folder of `cupel scan`")
+    plain = dict(record.verdicts["scanned"])
+    try:
+        with np.load(folder / record.arrays, allow_pickle=False) as file:
+            arrays = {k.replace("inverted/scanned/", "inverted/"): file[k] for k in file.files}
+        evidence: list[Evidence] = scan_evidence(plain, arrays)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(folder / record.arrays, f"is damaged ({type(error).__name__})", "scan again") from None
+    known = {k: plain[k] for k in ("verdict", "score", "threshold", "tested", "details", "reason")}
+    return Verdict(**known, evidence=tuple(evidence))
+
+
+def purify(
+    encoder: str, images: str, out: Path, arch: str | None, name: str, evidence: Path | None,
+    budget: str, changes: Sequence[str], seed: int, form: str,
+) -> int:  # fmt: skip
+    """`cupel purify`."""
+    start = time.monotonic()
+    if out.suffix != ".safetensors":
+        raise UsageError("--out", f"'{out}' does not end in .safetensors", "weights are written in that format only")
+    if name not in PURIFIERS:
+        raise UsageError("--purifier", f"unknown purifier '{name}'", did_you_mean(name, PURIFIERS))
+    cls: Any = PURIFIERS[name]
+    purifier = cls.preset(budget)
+    if changes:
+        changed = {**dataclasses.asdict(purifier), **_settings_of(changes, "--set")}
+        purifier = parse(cls, changed, "--set")
+    if "labels" in purifier.needs:
+        raise UsageError(name, "needs labels", "choose a label-free purifier: " + ", ".join(PURIFIERS))
+    before = _saved_verdict(evidence) if evidence else None
+    model = _encoder(encoder, arch)
+    data = _images(images, model)
+    if form == "text":
+        _about(model, encoder, data)
+    made = purify_encoder(model, data, purifier, _scanners(["decree"], budget), Seed(seed), before=before)
+    save_encoder(made.encoder, out)
+    verdicts = {"scanned": made.before.to_json(), "purified": made.after.to_json()}
+    extra = {"rounds": made.rounds, "drift": made.drift, "residue": made.residue, "file": model.card.source}
+    record = _record("purify", Path(encoder).name, seed, start, verdicts=verdicts, extra=extra)
+    write_json(out.parent / "result.json", record.to_json())
+    if form == "json":
+        print(json.dumps(record.to_json(), indent=1))
+    else:
+        _line("before", _spoken(made.before))
+        _line("after", _spoken(made.after))
+        _line("drift", f"{made.drift:.4f} mean 1 − cosine of clean embeddings; {made.rounds} round(s)")
+        if made.residue:
+            _line("residue", "concentration under the first scan's trigger {:.3f} → {:.3f}".format(*made.residue))
+        _line("", "A clean re-scan alone does not prove that the backdoor is gone.")
+        _line("written", f"{out}  {out.parent / 'result.json'}")
+    return _CODES[made.after.verdict]
+
+
+def run(source: str, out: Path | None, changes: Sequence[str], dry_run: bool) -> int:
+    """`cupel run`."""
+    data, where = read_experiment(source)
+    found = cells(data, where, changes)
+    out = out or Path("runs") / found[0][1].name
+    if dry_run:
+        store = Store(out / "store")
+        for point, experiment in found:
+            print(cell_name(experiment, point))
+            for step in plan(experiment):
+                print(f"  {'stored' if store.has(step.stage, step.key) else 'to do ':<7} {step.key[:12]}  {step.name}")
+        return 0
+    return _run(found, out, "run")
+
+
+def _run(found: Sequence[Any], out: Path, command: str) -> int:
+    start = time.monotonic()
+    records = run_cells(found, out, command=command)
+    summary = records[0]
+    if len(records) > 1:
+        metrics = {f"{r.name}/{k}": m for r in records for k, m in r.metrics.items()}
+        rows = [{"name": r.name, "status": r.status, "reason": r.reason} for r in records]
+        summary = _record(command, found[0][1].name, records[0].seed, start, metrics=metrics, extra={"cells": rows})
+    elif summary.arrays is not None:
+        summary = dataclasses.replace(summary, arrays=f"cells/{summary.arrays}")
+    failed = [r for r in records if r.status == "failed"]
+    if failed:
+        reasons = "; ".join(f"{r.name}: {r.reason}" for r in failed)
+        summary = dataclasses.replace(summary, status="failed", reason=reasons)
+    summary.write(out / "result.json")
+    write_report(load_cells(out), out / "report.html", title=found[0][1].name)
+    for record in records:
+        _summarise(record)
+    _line("report", f"{out / 'report.html'}  {out / 'result.json'}")
+    if failed:
+        return max(int(r.extra.get("exit_code", 2)) for r in failed) if len(records) == 1 else 2
+    return 0
+
+
+def _summarise(record: Record) -> None:
+    print(f"\n{record.name}" + ("" if record.status == "done" else f"  {record.status.upper()}: {record.reason}"))
+    for name, metric in record.metrics.items():
+        shown = "not measurable" if metric.value is None else f"{metric.value:7.2%}  [{metric.low:.2%}, {metric.high:.2%}]"
+        print(f"  {name:<44}{shown}  n {metric.n}, seeds {metric.seeds}")
+    for which, verdict in record.verdicts.items():
+        print(f"  scan of {which:<36}{verdict['verdict']}  score {verdict['score']:.3f}, threshold {verdict['threshold']:.3f}")
+    if "total" in record.seconds:
+        print(f"  {record.seconds['total']:.1f} s")
+
+
+def demo(out: Path, seed: int, data: str) -> int:
+    """`cupel demo`."""
+    content, where = read_experiment(f"demo-{data}")
+    return _run(cells(content, where, [f"seed={seed}"]), out, "demo")

@@ -1,0 +1,367 @@
+"""CBD: contrastive adversaries stand in for triggered images and are pulled back to their clean embeddings."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from cupel.augment import SimCLRAugment
+from cupel.encoders import ImageEncoder
+from cupel.errors import CupelError, DataError, SettingsError, UsageError, did_you_mean
+from cupel.inference import device_of, features
+from cupel.losses.pulling import EmbeddingScale, PullName, cosine_pull, info_nce, pull_distance, spread
+from cupel.optimizers import NonNegative, Recipe
+from cupel.protocols import Batch, Encoder
+from cupel.purify.adversaries import applied, ascend, boosted, joined, linf_search, patch_search, shared_search
+from cupel.seeds import Seed
+from cupel.settings import Fraction, Positive, PositiveInt, settings
+from cupel.train import History, fit
+from cupel.types import Dataset, Evidence, Need
+
+__all__ = ["CBD"]
+
+Mode = Literal["pgd-linf", "patch", "universal", "inverted", "mix"]
+COLLAPSED = 0.05
+"""Share of the frozen encoder's spread below which a purification has failed (our choice)."""
+_CHECK_EVERY = 20  # steps between looks at the spread: each look waits for the device
+
+Count = Annotated[int, Field(ge=0)]
+
+
+@settings
+class CBD(Recipe):
+    """Adversarial fine-tuning without labels: L = λ_pull · pull(f(x̃), t(x)) + λ_anchor · pull(f(x), t(x)).
+
+    x̃ are stand-ins for triggered images, t(x) the clean target embedding of image x. A backdoor is a shortcut: from many
+    images a small change moves the embedding far, and what is moved far from its own clean embedding (found by gradient
+    ascent on a contrastive loss) or carries the trigger a scanner inverted is pulled back to where it came from.
+
+    Args:
+        mode: Kind of stand-ins. `pgd-linf` = a perturbation per image in an L∞ ball; `patch` = free content in small
+            windows; `universal` = one L∞ perturbation for all images, kept over the steps; `inverted` = triggers that a
+            scanner inverted; `mix` = shares of them as in `mix`.
+        mix: Shares of a batch under `mix`: (inverted, or universal where there is no evidence; patch; pgd-linf).
+        epsilon: Radius of the L∞ ball, in [0, 1].
+        alpha: Step size of the ascent in the ball; None = 2.5 · epsilon / pgd_steps.
+        pgd_steps: Steps of the ascent.
+        inner: What the ascent enlarges: `infonce` = contrastive loss against the clean embeddings of the batch;
+            `neg_cos` = 1 − cosine with the own clean embedding, no negatives.
+        temperature: τ of `infonce`.
+        keys: Clean embeddings of the ascent: the `current` encoder's, or the `frozen` one's (saves a forward pass).
+        window: Smallest and largest side of a patch, as shares of the image's side.
+        window_alpha: Step size of the ascent in a patch.
+        num_patches: Different patches per step, each shared by several images as a real trigger is; None = one per image.
+        boost, shift, dilation: How inverted triggers are varied: factor on the mask, largest move and growth in pixels.
+        pull: Distance of both terms: `cosine`, `nmse` (squared distance over the mean squared norm), their sum, or
+            `whitened` (cosine of embeddings standardised per dimension).
+        anchor: Targets t(x): `frozen` = the given encoder's; `self` = the current one's without gradient, an ablation
+            that can collapse.
+        augmented_anchor: Every second image of a batch is replaced by an augmented view of it, with the frozen encoder's
+            embedding of that view as its target.
+        anchor_views: Further augmented views per image for the anchor term alone; 0 where `augmented_anchor` is off.
+        augment: How views are made.
+        lambda_pull, lambda_anchor: λ ≥ 0.
+        bn: BatchNorm runs on its stored statistics, which never move; `frozen` = its affine part is fixed too.
+
+    Raises:
+        SettingsError: a range is upside down, shares do not add up to 1, or `augment` changes the size of images.
+
+    Source: Rethinking the Necessity of Labels in Backdoor Removal, ICLR 2023 workshop BANDS (OpenReview Noj1Fydegod), for
+    contrastive adversaries and pulling them to their clean counterparts. No code was published.
+    Deviations: a re-implementation from the paper's idea. The form of the anchor term, all numbers, and everything but
+    `mode="pgd-linf", pull="cosine"` are our choice; images are not shifted or flipped unless by `augmented_anchor`.
+    """
+
+    mode: Mode = "mix"
+    mix: tuple[Fraction, Fraction, Fraction] = (0.5, 0.25, 0.25)
+    epsilon: Fraction = 64 / 255
+    alpha: Positive | None = None
+    pgd_steps: Count = 5
+    inner: Literal["infonce", "neg_cos"] = "infonce"
+    temperature: Positive = 0.5
+    keys: Literal["current", "frozen"] = "frozen"
+    window: tuple[Fraction, Fraction] = (0.05, 0.2)
+    window_alpha: Positive = 0.25
+    num_patches: PositiveInt | None = 4
+    boost: tuple[NonNegative, NonNegative] = (0.7, 3.0)
+    shift: Count = 2
+    dilation: Count = 1
+    pull: PullName = "whitened"
+    anchor: Literal["frozen", "self"] = "frozen"
+    augmented_anchor: bool = True
+    anchor_views: Count = 1
+    augment: SimCLRAugment = SimCLRAugment()
+    lambda_pull: NonNegative = 1.0
+    lambda_anchor: NonNegative = 1.0
+    bn: Literal["frozen", "eval_affine"] = "frozen"
+
+    steps: Count | None = 600
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    optimizer: Literal["adam", "adamw", "sgd", "lars"] = "sgd"
+    lr: Positive = 0.05
+
+    title: ClassVar[str] = "CBD (re-implementation)"
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    revision: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        for name in ("window", "boost"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise SettingsError(f"CBD.{name}", f"{low:g} is above {high:g}", "give the smaller number first")
+        if abs(sum(self.mix) - 1) > 1e-6:
+            raise SettingsError("CBD.mix", f"the shares {list(self.mix)} add up to {sum(self.mix):g}", "make it 1")
+        if self.augment.render_size is not None:
+            raise SettingsError("CBD.augment.render_size", "views must have the size of the images", "leave it out")
+
+    @classmethod
+    def preset(cls, budget: str) -> CBD:
+        """Settings of a budget: `smoke` (seconds on a small encoder), `standard`, `paper` (L∞ adversaries alone).
+
+        Raises:
+            UsageError: no such budget.
+
+        Example:
+            >>> CBD.preset("paper").mode
+            'pgd-linf'
+        """
+        if budget == "smoke":
+            return cls(steps=250, batch_size=48)
+        if budget == "standard":
+            return cls()
+        if budget == "paper":
+            return cls(
+                mode="pgd-linf",
+                epsilon=8 / 255,
+                alpha=2 / 255,
+                pgd_steps=10,
+                keys="current",
+                pull="cosine+nmse",
+                augmented_anchor=False,
+                bn="eval_affine",
+                steps=None,
+                epochs=20,
+                batch_size=128,
+                lr=0.01,
+                weight_decay=5e-4,
+            )
+        raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, ("smoke", "standard", "paper")))
+
+    def purify(self, model: Encoder, clean: Dataset, seed: Seed, evidence: Sequence[Evidence] = ()) -> Encoder:
+        """A purified copy of `model`; see `purify_with_history`."""
+        return self.purify_with_history(model, clean, seed, evidence)[0]
+
+    def purify_with_history(
+        self,
+        model: Encoder,
+        clean: Dataset,
+        seed: Seed,
+        evidence: Sequence[Evidence] = (),
+        *,
+        device: torch.device | str | None = None,
+        checkpoint: Path | None = None,
+    ) -> tuple[Encoder, History]:
+        """A purified copy of `model`, and what the losses did.
+
+        A clean re-scan alone proves nothing: measure with the true trigger where it is known.
+
+        Args:
+            model: Left as it is, weights, modes and flags.
+            clean: Images of its input size, presumably without trigger. Labels are not read.
+            seed: Order, starts, draws.
+            evidence: Triggers that a scanner inverted. Those that did not converge are left out: their masks cover most
+                of the image, and what hides the image cannot be pulled back to it.
+            device: Where to work, and where the copy stays; None = where `model` is.
+            checkpoint: File that keeps the state for a resume.
+
+        Returns:
+            The copy in eval mode, and per step `loss`, `pull`, `anchor` and `feature_std` (spread of the clean
+            embeddings, see `cupel.losses.pulling.spread`).
+
+        Raises:
+            CupelError: the embeddings collapse (`feature_std` below a twentieth of the frozen encoder's on the same
+                images), or the loss is not finite.
+            DataError: images or evidence of another size, fewer images than a batch, or mode `inverted` without a
+                converged trigger.
+        """
+        encoder = _copied(model)
+        encoder.module.eval().requires_grad_(True)
+        where = device_of(encoder.module) if device is None else torch.device(device)
+        encoder.module.to(where)
+        usable = tuple(one for one in evidence if one.converged)
+        for one in usable:
+            if one.mask.shape != (model.input_size, model.input_size):
+                what = f"a trigger of {'×'.join(map(str, one.mask.shape))}, the encoder takes {model.input_size}"
+                raise DataError(f"evidence {one.source}", what, "scan the same encoder that is purified")
+        if self.mode == "inverted" and not usable:
+            raise DataError("cbd", "mode 'inverted' got no converged trigger", "scan first, or use another mode")
+        if self.total_steps(len(clean), clean.name) == 0:
+            return encoder, {}
+        frozen = _copied(encoder)
+        frozen.module.requires_grad_(False)
+        learner = CBDLearner(self, encoder, frozen, features(frozen, clean), usable, seed)
+        history = fit(learner, clean, self, seed, label="purify cbd", device=where, checkpoint=checkpoint)
+        learner.check_spread()
+        encoder.module.eval().requires_grad_(True)
+        return encoder, history
+
+
+def _copied(model: Encoder) -> Encoder:
+    return model.copy() if isinstance(model, ImageEncoder) else copy.deepcopy(model)
+
+
+class CBDLearner:
+    """The encoder under L = λ_pull · pull(f(x̃), t(x)) + λ_anchor · pull(f(x), t(x)), with everything in eval mode.
+
+    Args:
+        settings: Of the method.
+        encoder: The copy that is trained.
+        frozen: The encoder as given; its weights need no gradient.
+        clean: Its embeddings of the whole data set, float32 `[n, width]`, by row.
+        evidence: Converged triggers; may be empty.
+        seed: Start of the universal perturbation.
+    """
+
+    def __init__(
+        self, settings: CBD, encoder: Encoder, frozen: Encoder, clean: Tensor, evidence: Sequence[Evidence], seed: Seed
+    ) -> None:
+        self.settings, self.encoder, self.frozen, self.clean = settings, encoder, frozen, clean
+        self.scale = EmbeddingScale.of(clean)
+        device, side = clean.device, encoder.input_size
+        self.masks = torch.stack([torch.as_tensor(e.mask) for e in evidence]).to(device) if evidence else None
+        self.patterns = torch.stack([torch.as_tensor(e.pattern) for e in evidence]).to(device) if evidence else None
+        if settings.bn == "frozen":
+            for part in encoder.module.modules():
+                if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                    part.requires_grad_(False)
+        u = torch.rand(3, side, side, generator=seed.child("universal").torch())
+        self.universal = _Universal(((2 * u - 1) * settings.epsilon).to(device))
+        self.state: nn.Module = nn.ModuleDict({"encoder": encoder.module, "universal": self.universal})
+        self._relative_spread, self._done = torch.ones((), device=device), 0
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The weights of the encoder, without BatchNorm's where `bn` is `frozen`."""
+        return [p for p in self.encoder.module.parameters() if p.requires_grad]
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """λ_pull · pull + λ_anchor · anchor; one forward pass for stand-ins, images and further views."""
+        s, n = self.settings, len(batch.inputs)
+        x, target = self.views(batch)
+        stand_ins = self.adversaries(x[:n], target[:n], batch.seed)
+        f = self.encoder(_channels_last(torch.cat([stand_ins, x]))).float()
+        adversarial, clean = f[:n], f[n:]
+        with torch.no_grad():
+            now = spread(clean)
+            self._relative_spread = now / spread(target)
+        if s.anchor == "self":
+            target = clean.detach()
+        pull = pull_distance(s.pull, adversarial, target[:n], self.scale)
+        anchor = pull_distance(s.pull, clean, target, self.scale)
+        total = s.lambda_pull * pull + s.lambda_anchor * anchor
+        return total, {"pull": pull, "anchor": anchor, "feature_std": now}
+
+    def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images in [0, 1] and the frozen encoder's embeddings of them: those of the batch, then the further views."""
+        raw, x = batch.inputs, batch.inputs.float().div_(255)
+        target = self.clean[batch.rows.to(self.clean.device)]
+        if not self.settings.augmented_anchor:
+            return x, target
+        every_second = torch.arange(1, len(raw), 2, device=raw.device)  # so that each kind of stand-in gets both
+        chosen = torch.cat([raw[every_second], raw.repeat(self.settings.anchor_views, 1, 1, 1)])
+        made = self.settings.augment(chosen, batch.seed.child("views").torch(raw.device))
+        with torch.no_grad():
+            made_target = self.frozen(made).float()
+        k = len(every_second)
+        x[every_second], target[every_second] = made[:k], made_target[:k]
+        return torch.cat([x, made[k:]]), torch.cat([target, made_target[k:]])
+
+    def adversaries(self, x: Tensor, target: Tensor, seed: Seed) -> Tensor:
+        """Stand-ins for triggered images, one per image of the batch, detached.
+
+        Args:
+            x: Images in [0, 1].
+            target: The frozen encoder's embeddings of them.
+            seed: Of this step.
+        """
+        s, generator = self.settings, seed.child("adversaries").torch(x.device)
+        share = self._shares(len(x))
+        at = share["inverted"]
+        done, rest = x[:at], x[at:]
+        if self.masks is not None and self.patterns is not None and at:
+            masks, patterns = boosted(
+                self.masks, self.patterns, at, generator, boost=s.boost, shift=s.shift, dilation=s.dilation
+            )
+            done = torch.lerp(done, patterns, masks).clamp(0, 1)
+        if not len(rest):
+            return done
+        rate = s.alpha if s.alpha is not None else 2.5 * s.epsilon / max(1, s.pgd_steps)
+        for_universal, for_patch, for_ball = rest.split([share["universal"], share["patch"], share["pgd-linf"]])
+        searches = []
+        if len(for_universal):
+            searches.append(shared_search(for_universal, self.universal.delta, s.epsilon, rate))
+        if len(for_patch):
+            searches.append(patch_search(for_patch, s.window, s.window_alpha, s.num_patches, generator))
+        if len(for_ball):
+            searches.append(linf_search(for_ball, s.epsilon, rate, generator))
+        search = joined(searches)
+        keys = target if s.keys == "frozen" else self.encoder(_channels_last(x)).float().detach()
+        own = torch.arange(at, len(x), device=x.device)
+
+        def objective(perturbed: Tensor) -> Tensor:
+            queries = self.encoder(_channels_last(perturbed)).float()
+            if s.inner == "neg_cos":
+                return cosine_pull(queries, keys[own])
+            return info_nce(queries, keys, own, s.temperature)
+
+        v = ascend(objective, rest, search, s.pgd_steps)
+        if len(for_universal):
+            self.universal.delta.copy_(v[0])  # the next step goes on from here
+        return torch.cat([done, applied(rest, search, v)])
+
+    def after_step(self) -> None:
+        """Look for a collapse now and then."""
+        self._done += 1
+        if self._done % _CHECK_EVERY == 0:
+            self.check_spread()
+
+    def check_spread(self) -> None:
+        """Compare the spread of the last step's clean embeddings with the frozen encoder's on the same images.
+
+        Raises:
+            CupelError: it is below `COLLAPSED`.
+        """
+        relative = self._relative_spread.item()
+        if relative < COLLAPSED:
+            what = f"the embeddings collapse: their spread fell to {relative:.1%} of the given encoder's"
+            raise CupelError("cbd", what, "use anchor 'frozen' with a larger lambda_anchor, or a smaller lr")
+
+    def _shares(self, n: int) -> dict[str, int]:
+        """How many images of a batch get which stand-in; rounded so that they add up."""
+        s, found = self.settings, self.masks is not None
+        counts = dict.fromkeys(("inverted", "universal", "patch", "pgd-linf"), 0)
+        if s.mode != "mix":
+            return counts | {s.mode: n}
+        first, second = round(s.mix[0] * n), round((s.mix[0] + s.mix[1]) * n)
+        return counts | {
+            "inverted" if found else "universal": first, "patch": second - first, "pgd-linf": n - second
+        }  # fmt: skip
+
+
+class _Universal(nn.Module):
+    """The shared perturbation, a buffer so that checkpoints keep it."""
+
+    delta: Tensor
+
+    def __init__(self, delta: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("delta", delta)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)

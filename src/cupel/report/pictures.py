@@ -1,0 +1,64 @@
+"""Small pictures as `data:` addresses, so that a page needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+__all__ = ["data_uri", "is_batch", "is_picture", "is_small", "stamp_uri"]
+
+_MOST_SIDE = 2048
+_SHOWN_SIDE = 128
+"""Larger pictures are shrunk to this side: a page of photographs stays below 3 MB."""
+
+
+def is_picture(a: NDArray[Any] | None) -> bool:
+    """uint8 `[height, width, 3]` (or `[height, width]`) of a sensible size."""
+    if a is None or a.dtype != np.uint8 or a.ndim not in (2, 3) or (a.ndim == 3 and a.shape[2] not in (3, 4)):
+        return False
+    return all(1 <= side <= _MOST_SIDE for side in a.shape[:2])
+
+
+def is_batch(a: NDArray[Any] | None) -> bool:
+    """uint8 `[n, height, width, 3]` with n ≥ 1."""
+    return a is not None and a.ndim == 4 and len(a) > 0 and is_picture(a[0])
+
+
+def is_small(a: NDArray[Any]) -> bool:
+    """So few pixels that they are shown as squares rather than blurred."""
+    return max(a.shape[:2]) < 96
+
+
+def data_uri(a: NDArray[Any]) -> str:
+    """A PNG of uint8 `[height, width(, 3 or 4)]` as an address for `src`."""
+    picture = Image.fromarray(np.ascontiguousarray(a))
+    picture.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE), Image.Resampling.BOX)
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def stamp_uri(mask: NDArray[Any], pattern: NDArray[Any]) -> str | None:
+    """A trigger on a see-through ground: the pattern, as opaque as its mask.
+
+    Args:
+        mask: `[height, width]` in [0, 1].
+        pattern: uint8 `[height, width, 3]`, or float `[3, height, width]` in [0, 1].
+
+    Returns:
+        None where the shapes do not fit each other.
+    """
+    if pattern.ndim == 3 and pattern.dtype != np.uint8 and pattern.shape[0] == 3:
+        pattern = _bytes(pattern.transpose(1, 2, 0))
+    if mask.ndim != 2 or not is_picture(pattern) or pattern.shape != (*mask.shape, 3):
+        return None
+    return data_uri(np.dstack([pattern, _bytes(mask)]))
+
+
+def _bytes(share: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.asarray(np.rint(255 * np.clip(np.nan_to_num(share.astype(np.float64)), 0, 1)), dtype=np.uint8)
