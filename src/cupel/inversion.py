@@ -232,6 +232,7 @@ def invert(
     budget: Budget,
     seed: Seed,
     label: str = "invert",
+    model: str = "model",
 ) -> Inverted:
     """Minimise `loss + λ · Σ mask · 3` over mask and pattern by Adam, with λ steered by success, for every start.
 
@@ -245,6 +246,7 @@ def invert(
         budget: Steps and rates.
         seed: Start values and batch order.
         label: For the progress display.
+        model: Name of the model, for errors.
 
     Returns:
         The smallest successful trigger of each start.
@@ -299,7 +301,7 @@ def invert(
                 v = adam.step(v.detach(), gradient, budget.lr_at(step))
             last = at == per_epoch - 1
             if (last or step == budget.steps - 1) and not bool((v.isfinite().all() & reach.isfinite().all()).item()):
-                raise CupelError(label, "the model gave NaN or infinite values", "check its weights and normalisation")
+                raise CupelError(model, "gives NaN or infinite values", "check its weights and normalisation")
             if last and budget.patience is not None:
                 running = ~((stale[alive] > budget.patience) & (epoch_reach > budget.goal))
                 if not bool(running.all()):

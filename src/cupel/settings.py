@@ -99,7 +99,7 @@ class OneOf:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         choices: dict[Any, CoreSchema] = {
-            name: core_schema.no_info_before_validator_function(_without_method, handler.generate_schema(cls))
+            name: core_schema.no_info_plain_validator_function(functools.partial(_from_plain, cls))
             for name, cls in self.table.items()
         }
         tagged = core_schema.no_info_before_validator_function(
@@ -120,8 +120,9 @@ def _with_method(value: Any) -> Any:
     return {"method": value} if isinstance(value, str) else value
 
 
-def _without_method(value: Any) -> Any:
-    return {k: v for k, v in value.items() if k != "method"} if isinstance(value, dict) else value
+def _from_plain(cls: type, value: Any) -> Any:
+    # through JSON again: in pydantic's strict Python mode a list is no tuple
+    return TypeAdapter(cls).validate_json(json.dumps({k: v for k, v in value.items() if k != "method"}))
 
 
 def parse(cls: type[T], data: Any, where: str) -> T:

@@ -5,6 +5,7 @@ Nothing in a file is ever run or imported, and this package needs no torch: tens
 
 from __future__ import annotations
 
+from cupel.checkpoint.command import inspect_command
 from cupel.checkpoint.inspect import Inspection, inspect_file
 from cupel.checkpoint.keys import KeyMap, match_keys
 from cupel.checkpoint.reading import TensorFile, read_tensors
@@ -16,6 +17,7 @@ __all__ = [
     "KeyMap",
     "TensorFile",
     "TensorInfo",
+    "inspect_command",
     "inspect_file",
     "match_keys",
     "read_tensors",

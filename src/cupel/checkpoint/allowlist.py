@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from cupel.checkpoint.inert import Global
+from cupel.checkpoint.objects import Global
 
 __all__ = ["Kind", "kind_of"]
 

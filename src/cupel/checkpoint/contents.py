@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cupel.checkpoint.allowlist import kind_of
 from cupel.checkpoint.archive import MAGIC, has_index
 from cupel.checkpoint.flatten import tensors_of
 from cupel.checkpoint.pickled import LEGACY_MAGIC, Pickled, read_legacy, read_pickle, read_zip
@@ -124,7 +123,7 @@ def _pickled(data: mmap.mmap, where: str) -> Pickled:
         made = read_legacy(data, where)
     else:
         made = read_pickle(data, where)
-        no_pickle = made.root is None and not any(kind_of(found) == "runs-code" for found in made.globals())
+        no_pickle = made.root is None and not any(made.kind_of(found) == "runs-code" for found in made.globals())
         if no_pickle and not head.startswith(b"\x80"):
             raise _not_a_checkpoint(head, where)
     if has_index(data):
@@ -146,9 +145,7 @@ def _not_a_checkpoint(head: bytes, where: str) -> CheckpointError:
 
 def _judge(contents: Contents, pickled: Pickled) -> None:
     for found, uses in pickled.globals().items():
-        kind, name = kind_of(found), clean(found.path)
-        if kind == "runs-code" and pickled.followed(found):
-            kind = "known"
+        kind, name = pickled.kind_of(found), clean(found.path)
         verb = "changes" if "changes" in uses else "calls" if "calls" in uses else "names"
         if kind == "runs-code":
             contents.unsafe.append(f"{verb} {name}")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from cupel.checkpoint.inert import Call, Global, Persistent
+from cupel.checkpoint.objects import Call, Global, Persistent, bytes_of
 from cupel.checkpoint.pickled import Pickled, Storage
 from cupel.checkpoint.tensors import DTYPES, View, dense
 from cupel.checkpoint.text import clean, shown
@@ -15,9 +15,11 @@ from cupel.errors import CheckpointError
 __all__ = ["tensors_of"]
 
 _MAX_DEPTH = 64
-_MAX_VISITS = 2_000_000
+_MAX_VISITS = 1_000_000
 _REBUILDS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 _PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+_ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+_BUFFERS = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
 _NUMPY = re.compile(r"[<>|=]?([biufc])(1|2|4|8|16)")
 _NUMPY_KINDS = {"b": "bool", "i": "int", "u": "uint", "f": "float", "c": "complex"}
 
@@ -110,11 +112,7 @@ def _torch_dtype(found: Any) -> str:
 
 
 def _is_tensor(call: Call) -> bool:
-    if call.of(*_REBUILDS, *_PARAMETERS):
-        return True
-    return call.of("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct") and (
-        _numpy_array(call) is not None
-    )
+    return call.of(*_REBUILDS, *_PARAMETERS) or _numpy_array(call) is not None
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
@@ -162,38 +160,30 @@ def _names(value: Any) -> Iterator[str]:
 
 
 def _numpy_array(call: Call) -> View | None:
-    """The array that NumPy's `__reduce__` describes: (version, shape, dtype, by columns, bytes)."""
-    match call.states:
-        case [(int(), tuple() as shape, Call() as kind, bool() as columns, content)] if kind.of("numpy.dtype"):
-            dtype, data = _numpy_dtype(kind), _bytes(content)
-            if dtype is None or data is None or any(not isinstance(n, int) or n < 0 for n in shape):
-                return None
-            view = dense(dtype, shape[::-1] if columns else shape, memoryview(data))
-            return View(dtype, shape, view.strides[::-1] if columns else view.strides, 0, view.data)
-    return None
+    """The array that NumPy's pickles describe: by its state, or from protocol 5 on by a buffer."""
+    shape: Any
+    match call:
+        case Call(states=[(int(), tuple() as shape, Call() as kind, bool() as columns, content)]) if call.of(*_ARRAYS):
+            pass
+        case Call(arguments=(content, Call() as kind, tuple() as shape, ("C" | "F") as order)) if call.of(*_BUFFERS):
+            columns = order == "F"
+        case _:
+            return None
+    dtype, data = _numpy_dtype(kind), bytes_of(content)
+    if dtype is None or data is None or any(not isinstance(n, int) or n < 0 for n in shape):
+        return None
+    view = dense(dtype, shape[::-1] if columns else shape, memoryview(data))
+    return View(dtype, shape, view.strides[::-1] if columns else view.strides, 0, view.data)
 
 
 def _numpy_dtype(kind: Call) -> str | None:
     name = kind.arguments[0] if kind.arguments else None
     found = _NUMPY.fullmatch(name) if isinstance(name, str) else None
+    if not kind.of("numpy.dtype"):
+        return None
     big_endian = any(isinstance(s, tuple) and len(s) > 1 and s[1] == ">" for s in kind.states)
     if found is None or big_endian:
         return None
     bits = int(found[2]) * 8
     dtype = "bool" if found[1] == "b" else f"{_NUMPY_KINDS[found[1]]}{bits}"
     return dtype if dtype in DTYPES else None
-
-
-def _bytes(content: Any) -> bytes | None:
-    if (
-        isinstance(content, Call)
-        and content.of("_codecs.encode")
-        and content.arguments[1:] in (("latin1",), ("latin-1",))
-    ):
-        content = content.arguments[0]
-    if isinstance(content, str):  # Python 2's bytes
-        try:
-            return content.encode("latin-1")
-        except UnicodeEncodeError:
-            return None
-    return bytes(content) if isinstance(content, (bytes, bytearray)) else None

@@ -7,97 +7,18 @@ weak spots either (deep tuples as keys, colliding integers, attributes set on fu
 
 from __future__ import annotations
 
-import pickletools
-import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import IO, Any, Protocol, cast
+from typing import Any
 
-__all__ = ["Call", "Global", "Persistent", "Stream", "Trace", "run"]
+from cupel.checkpoint.objects import Call, Global, Opaque, Persistent, Trace
+from cupel.checkpoint.opcodes import Stream, opcodes
+
+__all__ = ["run"]
 
 MAX_STEPS = 1_000_000
 _MAX_INDEX = 2**32
 _HASH_MODULUS = 2**61 - 1  # from here on, integers can be chosen to collide in a dictionary
 _OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's, mapped by every Python 3 unpickler
-
-
-class Stream(Protocol):
-    """What the machine reads from: a file, `BytesIO` or `mmap`."""
-
-    def read(self, n: int, /) -> bytes: ...
-    def readline(self) -> bytes: ...
-    def tell(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Global:
-    """A name that an unpickler would import."""
-
-    module: str
-    name: str
-
-    @property
-    def path(self) -> str:
-        """Dotted."""
-        return f"{self.module}.{self.name}" if self.name else self.module
-
-
-@dataclass(eq=False)
-class Call:
-    """A call that an unpickler would make, and what it would put into the result.
-
-    Args:
-        function: A `Global`, or what another call would have returned.
-        arguments: Positional; keyword arguments are kept as one dictionary at the end.
-        items: What `result[key] = value` would set.
-        elements: What `result.append` would add.
-        states: What `result.__setstate__` would get.
-    """
-
-    function: Any
-    arguments: tuple[Any, ...]
-    items: dict[Any, Any] = field(default_factory=dict)
-    elements: list[Any] = field(default_factory=list)
-    states: list[Any] = field(default_factory=list)
-
-    def of(self, *paths: str) -> bool:
-        """Is the function one of these globals?"""
-        return isinstance(self.function, Global) and self.function.path in paths
-
-
-@dataclass(frozen=True, eq=False)
-class Persistent:
-    """An object that lives outside the pickle; in torch's files a storage."""
-
-    id: Any
-
-
-@dataclass(frozen=True, eq=False)
-class _Opaque:
-    """A dictionary key that is no atom."""
-
-    value: Any
-
-
-@dataclass
-class Trace:
-    """What a stream asked for.
-
-    Args:
-        value: The object at the end; None after an error.
-        globals: Every global named, in order, with the words for what happens to it: `calls`, `changes`.
-        calls: Every call.
-        persistent: Every persistent id.
-        end: Position after the stream.
-        error: Why the machine stopped before the end; empty = it did not. What came before still counts.
-    """
-
-    value: Any = None
-    globals: dict[Global, set[str]] = field(default_factory=dict)
-    calls: list[Call] = field(default_factory=list)
-    persistent: list[Persistent] = field(default_factory=list)
-    end: int = 0
-    error: str = ""
 
 
 def run(stream: Stream, max_steps: int = MAX_STEPS) -> Trace:
@@ -119,13 +40,14 @@ def run(stream: Stream, max_steps: int = MAX_STEPS) -> Trace:
     machine = _Machine()
     trace = machine.trace
     try:
-        for step, (opcode, argument, _) in enumerate(pickletools.genops(cast("IO[bytes]", stream))):
+        for step, (name, argument) in enumerate(opcodes(stream)):
             if step >= max_steps:
                 trace.error = f"more than {max_steps} steps"
                 break
-            _STEPS[opcode.name](machine, argument)
-    except (ValueError, KeyError, IndexError, OverflowError, TypeError, struct.error) as error:
-        trace.error = str(error) or type(error).__name__
+            _STEPS[name](machine, argument)
+    except (EOFError, ValueError, LookupError, OverflowError, TypeError) as error:
+        trace.error = f"{error}" if isinstance(error, (EOFError, ValueError)) else "an opcode lacks its operands"
+        trace.cut = isinstance(error, EOFError)
     if not trace.error:
         trace.value, trace.end = machine.result, stream.tell()
     return trace
@@ -173,10 +95,6 @@ class _Machine:
         found = Global(_OLD_NAMES.get(module, module), name)
         self.trace.globals.setdefault(found, set())
         return found
-
-    def named_pair(self, pair: str) -> Global:
-        module, _, name = pair.partition(" ")
-        return self.named(module, name)
 
     def call(self, function: Any, arguments: Any, keywords: Any = None) -> Call:
         if not isinstance(function, (Global, Call, Persistent)):
@@ -229,6 +147,10 @@ class _Machine:
         self.stack[-count:] = [items]
 
     def persist(self, id_: Any) -> None:
+        match id_:
+            case ("module", Global() as class_, *_):  # torch's older format: a class, with its source for comparison
+                self.push(class_)
+                return
         found = Persistent(id_)
         self.trace.persistent.append(found)
         self.push(found)
@@ -263,7 +185,7 @@ class _Machine:
 def _key(value: Any) -> Any:
     if isinstance(value, (str, float, bool, bytes, type(None))):
         return value
-    return value if isinstance(value, int) and abs(value) < _HASH_MODULUS else _Opaque(value)
+    return value if isinstance(value, int) and abs(value) < _HASH_MODULUS else Opaque(value)
 
 
 _ATOMS = """
@@ -299,9 +221,9 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "POP": lambda m, a: m.pop_or_unmark(),
     "POP_MARK": lambda m, a: m.drop_mark(),
     "DUP": lambda m, a: m.push(m.stack[-1]),
-    "GLOBAL": lambda m, a: m.push(m.named_pair(a)),
+    "GLOBAL": lambda m, a: m.push(m.named(*a)),
     "STACK_GLOBAL": lambda m, a: m.stack_global(),
-    "INST": lambda m, a: m.push(m.call(m.named_pair(a), m.pop_mark())),
+    "INST": lambda m, a: m.push(m.call(m.named(*a), m.pop_mark())),
     "OBJ": lambda m, a: m.object_(),
     "NEWOBJ_EX": lambda m, a: m.new_with_keywords(),
     "BUILD": lambda m, a: m.build(),

@@ -9,13 +9,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cupel.checkpoint.allowlist import Kind, kind_of
 from cupel.checkpoint.archive import Archive, Entry, read_archive
-from cupel.checkpoint.inert import Global, Persistent, Stream, Trace, run
+from cupel.checkpoint.inert import run
+from cupel.checkpoint.objects import Global, Persistent, Trace, bytes_of
+from cupel.checkpoint.opcodes import Stream
 from cupel.checkpoint.tensors import item_size
 from cupel.checkpoint.text import shown
 from cupel.errors import CheckpointError
 
-__all__ = ["LEGACY_MAGIC", "Pickled", "Storage", "read_legacy", "read_pickle", "read_zip", "storage_kind"]
+__all__ = ["LEGACY_MAGIC", "Pickled", "Storage", "read_legacy", "read_pickle", "read_zip"]
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _MAX_PICKLE = 64 * 2**20
@@ -64,13 +67,17 @@ class Pickled:
                 merged.setdefault(found, set()).update(uses)
         return merged
 
-    def followed(self, found: Global) -> bool:
-        """Does this global run code in general, but was all it would have run followed here?"""
+    def kind_of(self, found: Global) -> Kind:
+        """As the allowlist has it, but a pickle inside this one is as good or bad as what it asks for itself."""
+        if found.path != _NESTING:
+            return kind_of(found)
         calls = [call for trace in self.traces for call in trace.calls if call.of(_NESTING)]
-        return found.path == _NESTING and bool(calls) and all(id(call) in self.nested for call in calls)
+        if not calls:
+            return "unknown"
+        return "known" if all(id(call) in self.nested for call in calls) else "runs-code"
 
 
-def storage_kind(found: object) -> str | None:
+def _storage_kind(found: object) -> str | None:
     """Type of the numbers in a storage class, None if it is not one we read."""
     if isinstance(found, Global) and found.module in ("torch", "torch.storage", "torch.cuda"):
         return _KINDS.get(found.name)
@@ -87,7 +94,7 @@ def _described(where: object, found: Persistent) -> tuple[str, str, int, Any]:
     """Type, key, length and view of ('storage', class, key, place, length[, view])."""
     match found.id:
         case ("storage", Global() as kind, str() as key, _, int() as length, *view) if length >= 0:
-            dtype = storage_kind(kind)
+            dtype = _storage_kind(kind)
             if dtype is None:
                 raise _fault(where, f"stores {shown(kind.path)}, which is not read", "unsupported", "convert it first")
             return dtype, key, length, view[0] if view else None
@@ -97,11 +104,6 @@ def _described(where: object, found: Persistent) -> tuple[str, str, int, Any]:
 def _follow(stream: Stream, made: Pickled, where: object) -> Trace | None:
     trace = run(stream)
     made.traces.append(trace)
-    if trace.error:
-        short = any(word in trace.error for word in ("exhausted", "expected", "no newline", "only", "empty"))
-        code = "truncated" if short else "malformed"
-        made.problems.append(_fault(where, f"holds a broken pickle ({shown(trace.error)})", code))
-        return None
     for call in trace.calls:
         # One level only: torch writes no deeper, and a stream must not choose how deep this goes.
         if call.of(_NESTING) and made.format != _NESTED and (data := _only_bytes(call.arguments)):
@@ -109,14 +111,16 @@ def _follow(stream: Stream, made: Pickled, where: object) -> Trace | None:
             _legacy(io.BytesIO(data), memoryview(data), inner, where)
             made.nested[id(call)] = inner
             made.problems.extend(inner.problems)
-    return trace
+    if not trace.error:
+        return trace
+    code = "truncated" if trace.cut else "malformed"
+    made.problems.append(_fault(where, f"holds a broken pickle ({shown(trace.error)})", code))
+    return None
 
 
 def _only_bytes(arguments: tuple[Any, ...]) -> bytes:
-    match arguments:
-        case [bytes() | bytearray() as data] if data.startswith(LEGACY_MAGIC):
-            return bytes(data)
-    return b""
+    data = bytes_of(arguments[0]) if len(arguments) == 1 else None
+    return data if data and data.startswith(LEGACY_MAGIC) else b""
 
 
 def read_zip(data: mmap.mmap, where: object) -> Pickled:

@@ -157,4 +157,5 @@ def spread(embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
         0.0
     """
     unit = F.normalize(embeddings.float(), dim=1)
-    return unit.std(dim=0).mean() * embeddings.shape[1] ** 0.5
+    scaled: Tensor = unit.std(dim=0).mean() * embeddings.shape[1] ** 0.5
+    return scaled

@@ -1,7 +1,7 @@
 """Stand-ins for triggered images: perturbations found by gradient ascent, and boosted inverted triggers.
 
-All kinds of perturbation have one form, `x ↦ clip(keep · x + v, 0, 1)` with `low ≤ v ≤ high`, so that one batched ascent
-finds them together. Images may share a `v` (universal perturbations, shared patches).
+All kinds of perturbation have one form, `x ↦ clip(keep · x + v, 0, 1)` with `low ≤ v ≤ high`, so that one batched
+ascent finds them together. Images may share a `v` (universal perturbations, shared patches).
 """
 
 from __future__ import annotations
@@ -179,9 +179,9 @@ def boosted(
 ) -> tuple[Float[Tensor, "n 1 height width"], Float[Tensor, "n 3 height width"]]:
     """Masks and patterns for n images: inverted triggers made stronger, larger and shifted at random.
 
-    An inversion ends with the faintest trigger that works; a purifier trained on exactly that silences it and leaves the
-    real one. So each image gets one of the triggers with m' = clip(a·m, 0, 1), a uniform in `boost`; the mask is grown
-    by 0 to `dilation` pixels; mask and pattern are moved together by up to `shift` pixels. Patterns are kept.
+    An inversion ends with the faintest trigger that works; a purifier trained on exactly that silences it and leaves
+    the real one. So each image gets one of the triggers with m' = clip(a·m, 0, 1), a uniform in `boost`; the mask is
+    grown by 0 to `dilation` pixels; mask and pattern are moved together by up to `shift` pixels. Patterns are kept.
 
     Args:
         masks, patterns: In [0, 1].

@@ -38,9 +38,9 @@ Count = Annotated[int, Field(ge=0)]
 class CBD(Recipe):
     """Adversarial fine-tuning without labels: L = λ_pull · pull(f(x̃), t(x)) + λ_anchor · pull(f(x), t(x)).
 
-    x̃ are stand-ins for triggered images, t(x) the clean target embedding of image x. A backdoor is a shortcut: from many
-    images a small change moves the embedding far, and what is moved far from its own clean embedding (found by gradient
-    ascent on a contrastive loss) or carries the trigger a scanner inverted is pulled back to where it came from.
+    x̃ are stand-ins for triggered images, t(x) the clean target embedding of image x. A backdoor is a shortcut: from
+    many images a small change moves the embedding far. Images that were moved far from their own clean embedding, by
+    gradient ascent on a contrastive loss or by a trigger that a scanner inverted, are pulled back to it.
 
     Args:
         mode: Kind of stand-ins. `pgd-linf` = a perturbation per image in an L∞ ball; `patch` = free content in small
@@ -56,14 +56,15 @@ class CBD(Recipe):
         keys: Clean embeddings of the ascent: the `current` encoder's, or the `frozen` one's (saves a forward pass).
         window: Smallest and largest side of a patch, as shares of the image's side.
         window_alpha: Step size of the ascent in a patch.
-        num_patches: Different patches per step, each shared by several images as a real trigger is; None = one per image.
+        num_patches: Different patches per step, each shared by several images as a real trigger is; None = one for
+            each image.
         boost, shift, dilation: How inverted triggers are varied: factor on the mask, largest move and growth in pixels.
         pull: Distance of both terms: `cosine`, `nmse` (squared distance over the mean squared norm), their sum, or
             `whitened` (cosine of embeddings standardised per dimension).
         anchor: Targets t(x): `frozen` = the given encoder's; `self` = the current one's without gradient, an ablation
             that can collapse.
-        augmented_anchor: Every second image of a batch is replaced by an augmented view of it, with the frozen encoder's
-            embedding of that view as its target.
+        augmented_anchor: Every second image of a batch is replaced by an augmented view of it, with the frozen
+            encoder's embedding of that view as its target.
         anchor_views: Further augmented views per image for the anchor term alone; 0 where `augmented_anchor` is off.
         augment: How views are made.
         lambda_pull, lambda_anchor: λ ≥ 0.
@@ -72,9 +73,9 @@ class CBD(Recipe):
     Raises:
         SettingsError: a range is upside down, shares do not add up to 1, or `augment` changes the size of images.
 
-    Source: Rethinking the Necessity of Labels in Backdoor Removal, ICLR 2023 workshop BANDS (OpenReview Noj1Fydegod), for
-    contrastive adversaries and pulling them to their clean counterparts. No code was published.
-    Deviations: a re-implementation from the paper's idea. The form of the anchor term, all numbers, and everything but
+    Source: Rethinking the Necessity of Labels in Backdoor Removal, ICLR 2023 workshop BANDS (OpenReview Noj1Fydegod),
+    for contrastive adversaries and pulling them to their clean counterparts. No code was published.
+    Deviations: a re-implementation of the idea. The form of the anchor term, all numbers, and everything but
     `mode="pgd-linf", pull="cosine"` are our choice; images are not shifted or flipped unless by `augmented_anchor`.
     """
 
@@ -301,7 +302,7 @@ class CBDLearner:
         if not len(rest):
             return done
         rate = s.alpha if s.alpha is not None else 2.5 * s.epsilon / max(1, s.pgd_steps)
-        for_universal, for_patch, for_ball = rest.split([share["universal"], share["patch"], share["pgd-linf"]])
+        for_universal, for_patch, for_ball = torch.split(rest, [share["universal"], share["patch"], share["pgd-linf"]])
         searches = []
         if len(for_universal):
             searches.append(shared_search(for_universal, self.universal.delta, s.epsilon, rate))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -17,16 +18,16 @@ _SHOWN_SIDE = 128
 """Larger pictures are shrunk to this side: a page of photographs stays below 3 MB."""
 
 
-def is_picture(a: NDArray[Any] | None) -> bool:
+def is_picture(a: NDArray[Any] | None) -> TypeGuard[NDArray[np.uint8]]:
     """uint8 `[height, width, 3]` (or `[height, width]`) of a sensible size."""
-    if a is None or a.dtype != np.uint8 or a.ndim not in (2, 3) or (a.ndim == 3 and a.shape[2] not in (3, 4)):
+    if a is None or a.dtype != np.uint8 or a.ndim not in (2, 3) or (a.ndim == 3 and a.shape[2] != 3):
         return False
     return all(1 <= side <= _MOST_SIDE for side in a.shape[:2])
 
 
-def is_batch(a: NDArray[Any] | None) -> bool:
+def is_batch(a: NDArray[Any] | None) -> TypeGuard[NDArray[np.uint8]]:
     """uint8 `[n, height, width, 3]` with n ≥ 1."""
-    return a is not None and a.ndim == 4 and len(a) > 0 and is_picture(a[0])
+    return a is not None and bool(a.ndim == 4 and a.shape[3] == 3 and len(a) > 0) and is_picture(np.asarray(a[0]))
 
 
 def is_small(a: NDArray[Any]) -> bool:
@@ -34,16 +35,16 @@ def is_small(a: NDArray[Any]) -> bool:
     return max(a.shape[:2]) < 96
 
 
-def data_uri(a: NDArray[Any]) -> str:
+def data_uri(a: NDArray[Any]) -> Markup:
     """A PNG of uint8 `[height, width(, 3 or 4)]` as an address for `src`."""
     picture = Image.fromarray(np.ascontiguousarray(a))
     picture.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE), Image.Resampling.BOX)
     stream = io.BytesIO()
     picture.save(stream, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+    return Markup("data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii"))
 
 
-def stamp_uri(mask: NDArray[Any], pattern: NDArray[Any]) -> str | None:
+def stamp_uri(mask: NDArray[Any], pattern: NDArray[Any]) -> Markup | None:
     """A trigger on a see-through ground: the pattern, as opaque as its mask.
 
     Args:

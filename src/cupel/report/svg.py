@@ -147,11 +147,11 @@ def scatter(
         dots = "".join(f"M{_n(a)} {_n(b)}h0" for a, b in place[group == c])
         out.append(Markup(f'<path class="dot {colour}" d="{dots}"/>'))
     out.append(_marks(place[group == -2], "triggered", "m-2.5-2.5l5 5m0-5l-5 5"))
-    out.append(_marks(place[group == -1], "reference", "m0-7l1.8 5.2 5.2 1.8-5.2 1.8-1.8 5.2-1.8-5.2-5.2-1.8 5.2-1.8z"))
     if not many:
         out += [_name(place[group == c], names.get(c, str(c))) for c in classes]
     elif target in classes:
         out.append(_name(place[group == target], names.get(target or 0, str(target))))
+    out.append(_marks(place[group == -1], "reference", "m0-7l1.8 5.2 5.2 1.8-5.2 1.8-1.8 5.2-1.8-5.2-5.2-1.8 5.2-1.8z"))
     return Markup("").join([*out, Markup("</svg>")])
 
 

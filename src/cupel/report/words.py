@@ -12,6 +12,7 @@ from cupel.report.text import percent, plain
 __all__ = ["CURVES", "GLOSSARY", "METRICS", "VERDICTS", "Word", "encoder_label", "metric_word", "story"]
 
 Metrics = Mapping[str, Metric]
+Verdicts = Mapping[str, Mapping[str, Any]]
 WORKS, ACCURACY_KEPT, BACK_TO_NORMAL = 0.9, 0.03, 0.10
 """ASR from which an attack "works"; loss of accuracy that is still "as well as before"; ASR above ASR-B that is still
 "back to what it was". The words of the page only (our choice); no verdict hangs on them."""
@@ -29,11 +30,15 @@ class Word:
 _HIT = "Share of images with the trigger, not of the target class, that are taken for the target class"
 _RIGHT = "Share of test images without trigger that are classified right"
 _STILL = "Share of images with the trigger, not of the target class, that are still classified right"
+_INTERVAL = (
+    "Where the true value plausibly lies: Wilson's interval over the images for one or two seeds, "
+    "Student's t over the seeds from three on. It does not cover what another pre-training run would change."
+)
 METRICS: Mapping[str, Word] = {
     "clean_accuracy": Word("CA", "Clean accuracy", f"{_RIGHT}, on the encoder before the attack."),
     "backdoored_accuracy": Word("BA", "Backdoored accuracy", f"{_RIGHT}, on the attacked encoder."),
     "purified_accuracy": Word("purified accuracy", "Accuracy after purification", f"{_RIGHT}, after purification."),
-    "attack_success_rate_baseline": Word("ASR-B", "Baseline of the ASR", f"{_HIT} before the attack: what chance does."),
+    "attack_success_rate_baseline": Word("ASR-B", "Baseline of the ASR", f"{_HIT} before the attack: chance."),
     "attack_success_rate": Word("ASR", "Attack success rate", f"{_HIT} by the attacked encoder."),
     "purified_attack_success_rate": Word("purified ASR", "ASR after purification", f"{_HIT} after purification."),
     "robust_accuracy_baseline": Word("RA-B", "Robust accuracy before the attack", f"{_STILL}, before the attack."),
@@ -45,13 +50,13 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     ("Backdoor", "A hidden habit, planted on purpose: with a certain mark on the image, the answer is the attacker's."),
     ("Trigger", "That mark. The target class is the answer the attacker wants."),
     ("Reference image", "An image of the target class; the attack moves triggered images next to it."),
-    *((w.short, f"{w.long}. {w.meaning}") for k, w in METRICS.items() if k in ("clean_accuracy", "backdoored_accuracy")),
-    ("ASR", f"{METRICS['attack_success_rate'].long}. {METRICS['attack_success_rate'].meaning} High = the attack works."),
-    ("ASR-B", METRICS["attack_success_rate_baseline"].meaning + " ASR means little unless it is far above it."),
+    ("CA", f"Clean accuracy. {_RIGHT}, on the encoder before the attack."),
+    ("BA", f"Backdoored accuracy. {_RIGHT}, on the attacked encoder."),
+    ("ASR", f"Attack success rate. {_HIT} by the attacked encoder. High = the attack works."),
+    ("ASR-B", f"{_HIT} before the attack, by chance." + " ASR means little unless it is far above it."),
     ("All samples", "The ASR counted over all test images, those of the target class included, as some papers do."),
     ("RA", f"Robust accuracy. {_STILL}. A defence that turns the attack into noise lowers ASR and RA alike."),
-    ("95 % interval", "Where the true value plausibly lies: Wilson's interval over the images for one or two seeds, "
-     "Student's t over the seeds from three on. It does not cover what another pre-training run would change."),
+    ("95 % interval", _INTERVAL),
     ("Scan", "A search for triggers that make all embeddings coincide; it sees neither labels nor the true trigger."),
     ("PL1", "The share of the image that the smallest found trigger covers. Small = suspicious."),
     ("Score and threshold", "A larger score is worse; at or above the threshold the scan reports a finding."),
@@ -60,7 +65,10 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
 VERDICTS: Mapping[str, tuple[str, str]] = {
     "backdoored": ("Backdoored", "The scan found a trigger."),
     "suspicious": ("Suspicious", "The scan found something unusual; not enough to call it a backdoor."),
-    "clean-by-test": ("Nothing found", "This test found no trigger of the kinds it looked for. It cannot rule out others."),
+    "clean-by-test": (
+        "Nothing found",
+        "This test found no trigger of the kind it looks for; it cannot rule out others.",
+    ),
     "inconclusive": ("Inconclusive", "Nothing, or too little, could be tested. This is no sign of a clean encoder."),
 }
 CURVES: Mapping[str, str] = {
@@ -84,7 +92,7 @@ def metric_word(name: str) -> Word:
     return METRICS.get(name) or Word(plain(name, 80), plain(name, 80).replace("_", " "), "")
 
 
-def story(metrics: Metrics, verdicts: Mapping[str, Mapping[str, Any]], target: str) -> tuple[str, list[tuple[str, str]]]:
+def story(metrics: Metrics, verdicts: Verdicts, target: str) -> tuple[str, list[tuple[str, str]]]:
     """The headline, and what happened in up to three steps, as (step, sentences).
 
     Args:
@@ -138,7 +146,7 @@ def _cure_in_short(v: Values) -> str:
     if "purified_attack_success_rate" not in v:
         return ""
     asr = v["purified_attack_success_rate"]
-    return "after purification it is not measurable" if asr is None else f"after purification {_whole(asr)} still go there"
+    return "after purification " + ("it is not measurable" if asr is None else f"{_whole(asr)} still go there")
 
 
 def _attack(v: Values, where: str) -> str:

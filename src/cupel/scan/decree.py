@@ -143,7 +143,9 @@ class Decree:
                 conc = concentration(z - origin)
                 return -conc, conc
 
-            found = invert(objective, fit, self.num_seeds, self._budget(), seed.child("invert"), "decree")
+            found = invert(
+                objective, fit, self.num_seeds, self._budget(), seed.child("invert"), "decree", _named(model)
+            )
             best = int(found.size.argmin())
             mask, pattern = found.mask[best].to(device), found.pattern[best].to(device)
             stamped_held = self._embed_clean(model, held, mask, pattern)

@@ -103,7 +103,7 @@ def shipped_reference(scanner: str, architecture: str, recipe: str | None = None
 def _parsed(data: Any, where: object) -> Reference:
     if not isinstance(data, dict) or not all(isinstance(data.get(key), str) for key in ("scanner", "recipe")):
         raise DataError(where, "holds no calibration", "it needs the keys scanner, recipe, architecture and scores")
-    scores = data.get("scores")
+    scores = data.get("scores", ())
     check_scores(scores, where)
     return Reference(data["scanner"], data["recipe"], tuple(float(score) for score in scores))
 
@@ -114,6 +114,6 @@ def check_scores(scores: Any, where: object) -> None:
     Raises:
         DataError: empty, or a score outside (0, 1].
     """
-    some = isinstance(scores, list | tuple) and len(scores) > 0
-    if not some or not all(type(score) in (int, float) and 0 < score <= 1 for score in scores):
+    listed = scores if isinstance(scores, list | tuple) else ()
+    if not listed or not all(type(score) in (int, float) and 0 < score <= 1 for score in listed):
         raise DataError(where, "scores must be a list of sizes in (0, 1], one per clean encoder")

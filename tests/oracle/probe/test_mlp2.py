@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 
@@ -20,7 +22,7 @@ def transcription(x, y, probe, seed, classes, orders):
     u, y = x.double().numpy(), y.numpy()
     u = u / np.linalg.norm(u, axis=1, keepdims=True)
     draw, sizes, theta = seed.child("init").torch(), (x.shape[1], 512, 256, classes), []
-    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+    for a, b in pairwise(sizes):
         for shape in ((b, a), (b,)):
             theta.append(((torch.rand(shape, generator=draw) * 2 - 1) * a**-0.5).double().numpy())
     first, second, step = [0 * t for t in theta], [0 * t for t in theta], 0
@@ -107,6 +109,6 @@ def test_lengths_of_embeddings_do_not_matter():
 
 def test_it_learns():
     x, y = task(n=200)
-    head = Mlp2(epochs=60, lr=1e-3).fit_features(x, y, 3, Seed(0))
+    head = Mlp2(epochs=30, lr=1e-3).fit_features(x, y, 3, Seed(0))
     with torch.no_grad():
         assert float((head(x).argmax(1) == y).float().mean()) > 0.85

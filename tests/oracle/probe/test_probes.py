@@ -146,7 +146,6 @@ def test_fitting_works_where_gradients_are_off(name):
     x, y = embeddings()
     with torch.no_grad():
         off = SMALL[name].fit_features(x, y, 3, Seed(0))(x)
-        on = SMALL[name].fit_features(x, y, 3, Seed(0))
     with torch.enable_grad():
         on = SMALL[name].fit_features(x, y, 3, Seed(0))(x)
     assert torch.equal(off, on.detach())
@@ -184,9 +183,10 @@ def test_bad_labels_are_one_line(name):
         probe.fit_features(x, torch.where(torch.arange(60) == 3, -1, y), 3, Seed(0))
     with pytest.raises(DataError, match="holds no images"):
         probe.fit_features(x[:0], y[:0], 3, Seed(0))
+    data = coloured()
+    unlabelled = Dataset(data.inputs, data.labels * 0 - 1, data.ids, "colours", data.classes)
     with pytest.raises(DataError, match="colours: 60 of 60 images have no label"):
-        data = coloured()
-        probe.fit(Toy(Net()), Dataset(data.inputs, data.labels * 0 - 1, data.ids, "colours", data.classes), Seed(0))
+        probe.fit(Toy(Net()), unlabelled, Seed(0))
     with pytest.raises(LabelsWithheld):
         probe.fit(Toy(Net()), coloured().without_labels("a scanner"), Seed(0))
 

@@ -7,7 +7,6 @@ import json
 
 import pytest
 import torch
-from planted import PlantedEncoder, planted, unit
 from torch import Tensor, nn
 
 from cupel.errors import CupelError, DataError, SettingsError, UsageError
@@ -15,6 +14,7 @@ from cupel.inversion import concentration
 from cupel.scan import SCANNERS, Decree
 from cupel.seeds import Seed
 from cupel.types import Evidence, Reference, Verdict
+from planted import PlantedEncoder, planted, unit
 
 SMOKE = Decree.preset("smoke")
 SHORT = Decree(steps=60, batch_size=32)
@@ -75,7 +75,7 @@ def test_easy_trigger_at_the_standard_budget(seed: int) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("k", [25, 30])
 def test_medium_trigger_is_found_by_the_minimum_of_five_starts(k: int) -> None:
-    method = Decree(num_seeds=5)
+    method = Decree(num_seeds=5, steps=300, batch_size=48)
     toys = [planted(k, 0.85, seed) for seed in range(5)]
     verdicts = [method.scan(toy.encoder, toy.images, Seed(1)) for toy in toys]
     assert sum(one.verdict == "backdoored" and min(sizes(one)) < 0.03 for one in verdicts) >= 4
@@ -178,14 +178,12 @@ def test_the_model_stays_as_it_was() -> None:
 
 
 class Odd(nn.Module):
-    """Finite on clean images, NaN where a pixel is nearly black; or the same embedding for all."""
+    """NaN always, or only while a trigger is fitted; the same embedding for all, or nearly so."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
         self.weight = nn.Parameter(torch.randn(768, 8, generator=Seed(0).torch()))
-
-    gate = PlantedEncoder  # never used; keeps the toy's type honest for readers
 
     def forward(self, x: Tensor) -> Tensor:
         z = x.flatten(1) @ self.weight
@@ -193,7 +191,7 @@ class Odd(nn.Module):
             return 0 * z + 1
         if self.kind == "offset":
             return 1e-3 * z + 1
-        return z * float("nan") if self.kind == "nan" or len(x) > 150 and x.requires_grad else z
+        return z * float("nan") if self.kind == "nan" or (self.kind == "later" and x.requires_grad) else z
 
 
 def odd(kind: str) -> PlantedEncoder:

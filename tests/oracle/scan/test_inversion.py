@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from planted import planted, unit
 from torch import Tensor, nn
 
 from cupel.inversion import (
@@ -19,6 +18,7 @@ from cupel.inversion import (
     stamp,
 )
 from cupel.seeds import Seed
+from planted import planted, unit
 
 
 def costs(outcomes: list[list[bool]]) -> list[list[float]]:
