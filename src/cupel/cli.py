@@ -171,7 +171,7 @@ def report(
     format_: Annotated[TableFormat, typer.Option("--format")] = TableFormat.html,
 ) -> int:
     """One static, offline page from records, or a table."""
-    from cupel.report import report_command
+    from cupel.report.command import report_command
 
     return report_command(folders, out, format_.value)
 

@@ -9,7 +9,7 @@ import os
 
 from cupel.data import shapes
 from cupel.data.decode import IMAGE_SUFFIXES
-from cupel.data.materialise import LazyImages, OnBad, balanced, materialise
+from cupel.data.memory import LazyImages, OnBad, balanced, materialise
 from cupel.data.references import read_references
 from cupel.data.sources import DATASETS, fingerprint, locate, splits_of
 from cupel.data.splits import check_disjoint, draw_references, hold_out

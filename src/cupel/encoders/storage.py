@@ -38,7 +38,7 @@ def save_encoder(encoder: ImageEncoder, path: str | Path) -> None:
     """
     path = Path(path)
     state = encoder.module.backbone.state_dict()
-    tensors = {name: np.ascontiguousarray(value.detach().cpu().numpy()) for name, value in state.items()}
+    tensors = {name: value.detach().cpu().contiguous().numpy() for name, value in state.items()}
     write_safetensors(path, tensors, encoder.card.to_json())
     if encoder.card.manifest is not None:
         write_json(path.parent / MANIFEST, dict(encoder.card.manifest))

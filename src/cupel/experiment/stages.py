@@ -211,7 +211,7 @@ def _score(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
             if h_stamped is not None:
                 hit = head(h_stamped).argmax(1)
                 made["attack_success_rate"] = metrics.attack_success_rate(hit, labels, target)
-                made["attack_success_rate_all"] = metrics.attack_success_rate_all(hit, target)
+                made["attack_success_rate_all"] = metrics.attack_success_rate_all(hit, labels, target)
                 made["robust_accuracy"] = metrics.robust_accuracy(hit, labels, target)
         return made
 

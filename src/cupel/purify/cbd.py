@@ -59,13 +59,16 @@ class CBD(Recipe):
         num_patches: Different patches per step, each shared by several images as a real trigger is; None = one for
             each image.
         boost, shift, dilation: How inverted triggers are varied: factor on the mask, largest move and growth in pixels.
+        evidence_ratio: Inverted triggers more than this many times as large as the smallest are left out: most are no
+            part of the backdoor and hide much of the image; None = all are used.
         pull: Distance of both terms: `cosine`, `nmse` (squared distance over the mean squared norm), their sum, or
             `whitened` (cosine of embeddings standardised per dimension).
         anchor: Targets t(x): `frozen` = the given encoder's; `self` = the current one's without gradient, an ablation
             that can collapse.
-        augmented_anchor: Every second image of a batch is replaced by an augmented view of it, with the frozen
-            encoder's embedding of that view as its target.
-        anchor_views: Further augmented views per image for the anchor term alone; 0 where `augmented_anchor` is off.
+        augmented_anchor: In the anchor term every second image is replaced by an augmented view of it, with the frozen
+            encoder's embedding of that view as its target. It keeps accuracy, and keeps the backdoor wherever a view
+            happens to look like the trigger.
+        anchor_views: Further augmented views per image in the anchor term; none where `augmented_anchor` is off.
         augment: How views are made.
         lambda_pull, lambda_anchor: λ ≥ 0.
         bn: BatchNorm runs on its stored statistics, which never move; `frozen` = its affine part is fixed too.
@@ -93,6 +96,7 @@ class CBD(Recipe):
     boost: tuple[NonNegative, NonNegative] = (0.7, 3.0)
     shift: Count = 2
     dilation: Count = 1
+    evidence_ratio: Annotated[float, Field(ge=1)] | None = 4.0
     pull: PullName = "whitened"
     anchor: Literal["frozen", "self"] = "frozen"
     augmented_anchor: bool = True
@@ -195,7 +199,10 @@ class CBD(Recipe):
         encoder.module.eval().requires_grad_(True)
         where = device_of(encoder.module) if device is None else torch.device(device)
         encoder.module.to(where)
-        usable = tuple(one for one in evidence if one.converged)
+        usable = [one for one in evidence if one.converged]
+        if usable and self.evidence_ratio is not None:
+            limit = self.evidence_ratio * min(one.size for one in usable)
+            usable = [one for one in usable if one.size <= limit]
         for one in usable:
             if one.mask.shape != (model.input_size, model.input_size):
                 what = f"a trigger of {'×'.join(map(str, one.mask.shape))}, the encoder takes {model.input_size}"
@@ -251,36 +258,40 @@ class CBDLearner:
         return [p for p in self.encoder.module.parameters() if p.requires_grad]
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """λ_pull · pull + λ_anchor · anchor; one forward pass for stand-ins, images and further views."""
+        """λ_pull · pull + λ_anchor · anchor; one forward pass for stand-ins and anchors."""
         s, n = self.settings, len(batch.inputs)
-        x, target = self.views(batch)
-        stand_ins = self.adversaries(x[:n], target[:n], batch.seed)
-        f = self.encoder(_channels_last(torch.cat([stand_ins, x]))).float()
+        x, own = batch.inputs.float().div_(255), self.clean[batch.rows.to(self.clean.device)]
+        stand_ins = self.adversaries(x, own, batch.seed)
+        anchors, target = self.anchors(batch.inputs, x, own, batch.seed)
+        f = self.encoder(_channels_last(torch.cat([stand_ins, anchors]))).float()
         adversarial, clean = f[:n], f[n:]
         with torch.no_grad():
             now = spread(clean)
             self._relative_spread = now / spread(target)
         if s.anchor == "self":
             target = clean.detach()
-        pull = pull_distance(s.pull, adversarial, target[:n], self.scale)
+            own = target if not s.augmented_anchor else self.encoder(_channels_last(x)).float().detach()
+        pull = pull_distance(s.pull, adversarial, own, self.scale)
         anchor = pull_distance(s.pull, clean, target, self.scale)
         total = s.lambda_pull * pull + s.lambda_anchor * anchor
         return total, {"pull": pull, "anchor": anchor, "feature_std": now}
 
-    def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Images in [0, 1] and the frozen encoder's embeddings of them: those of the batch, then the further views."""
-        raw, x = batch.inputs, batch.inputs.float().div_(255)
-        target = self.clean[batch.rows.to(self.clean.device)]
-        if not self.settings.augmented_anchor:
-            return x, target
-        every_second = torch.arange(1, len(raw), 2, device=raw.device)  # so that each kind of stand-in gets both
-        chosen = torch.cat([raw[every_second], raw.repeat(self.settings.anchor_views, 1, 1, 1)])
-        made = self.settings.augment(chosen, batch.seed.child("views").torch(raw.device))
+    def anchors(self, raw: Tensor, x: Tensor, own: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:
+        """Clean images whose embeddings shall stay, and the frozen encoder's embeddings of them.
+
+        Args:
+            raw, x: The images of the batch, uint8 and in [0, 1].
+            own: The frozen encoder's embeddings of them.
+            seed: Of this step.
+        """
+        s = self.settings
+        if not s.augmented_anchor:
+            return x, own
+        chosen = torch.cat([raw[1::2], raw.repeat(s.anchor_views, 1, 1, 1)])
+        made = s.augment(chosen, seed.child("views").torch(raw.device))
         with torch.no_grad():
             made_target = self.frozen(made).float()
-        k = len(every_second)
-        x[every_second], target[every_second] = made[:k], made_target[:k]
-        return torch.cat([x, made[k:]]), torch.cat([target, made_target[k:]])
+        return torch.cat([x[0::2], made]), torch.cat([own[0::2], made_target])
 
     def adversaries(self, x: Tensor, target: Tensor, seed: Seed) -> Tensor:
         """Stand-ins for triggered images, one per image of the batch, detached.

@@ -19,20 +19,22 @@ _SHOWN_SIDE = 128
 
 
 def is_picture(a: NDArray[Any] | None) -> TypeGuard[NDArray[np.uint8]]:
-    """uint8 `[height, width, 3]` (or `[height, width]`) of a sensible size."""
-    if a is None or a.dtype != np.uint8 or a.ndim not in (2, 3) or (a.ndim == 3 and a.shape[2] != 3):
-        return False
-    return all(1 <= side <= _MOST_SIDE for side in a.shape[:2])
+    """uint8 `[height, width, 3]` of a sensible size."""
+    return a is not None and _fits(a.shape, a.dtype)
 
 
 def is_batch(a: NDArray[Any] | None) -> TypeGuard[NDArray[np.uint8]]:
     """uint8 `[n, height, width, 3]` with n ≥ 1."""
-    return a is not None and bool(a.ndim == 4 and a.shape[3] == 3 and len(a) > 0) and is_picture(np.asarray(a[0]))
+    return a is not None and len(a.shape) == 4 and a.shape[0] > 0 and _fits(a.shape[1:], a.dtype)
+
+
+def _fits(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+    return dtype == np.uint8 and len(shape) == 3 and shape[2] == 3 and all(1 <= n <= _MOST_SIDE for n in shape)
 
 
 def is_small(a: NDArray[Any]) -> bool:
     """So few pixels that they are shown as squares rather than blurred."""
-    return max(a.shape[:2]) < 96
+    return bool(max(a.shape[:2]) < 96)
 
 
 def data_uri(a: NDArray[Any]) -> Markup:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,11 @@ def thinned(x: Floats, y: Floats, most: int = 320) -> tuple[Floats, Floats]:
     return x[rows], y[rows]
 
 
+def _floats(a: NDArray[Any]) -> Floats:
+    """As float64; what holds no numbers is empty."""
+    return a.astype(np.float64) if a.dtype.kind in "biuf" else np.empty(0)
+
+
 def _n(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
@@ -67,8 +72,8 @@ def line_chart(values: NDArray[Any], steps: NDArray[Any] | None, label: str) -> 
     Returns:
         None where fewer than two finite values exist.
     """
-    y = np.asarray(values, dtype=np.float64).ravel()
-    x = np.asarray(steps, dtype=np.float64).ravel() if steps is not None else np.arange(1.0, len(y) + 1)
+    y = _floats(values).ravel()
+    x = np.arange(1.0, len(y) + 1) if steps is None else _floats(steps).ravel()
     if len(x) != len(y):
         x = np.arange(1.0, len(y) + 1)
     good = np.isfinite(y) & np.isfinite(x)
@@ -126,7 +131,7 @@ def scatter(
     Returns:
         None where shapes do not fit or nothing is finite.
     """
-    xy, group = np.asarray(points, dtype=np.float64), np.asarray(group).ravel()
+    xy, group = _floats(points), np.asarray(group).ravel()
     if xy.ndim != 2 or xy.shape[1] != 2 or len(xy) != len(group):
         return None
     keep = np.isfinite(xy).all(axis=1)
@@ -147,11 +152,12 @@ def scatter(
         dots = "".join(f"M{_n(a)} {_n(b)}h0" for a, b in place[group == c])
         out.append(Markup(f'<path class="dot {colour}" d="{dots}"/>'))
     out.append(_marks(place[group == -2], "triggered", "m-2.5-2.5l5 5m0-5l-5 5"))
+    stars = place[group == -1]
     if not many:
-        out += [_name(place[group == c], names.get(c, str(c))) for c in classes]
+        out += [_name(place[group == c], names.get(c, str(c)), stars) for c in classes]
     elif target in classes:
-        out.append(_name(place[group == target], names.get(target or 0, str(target))))
-    out.append(_marks(place[group == -1], "reference", "m0-7l1.8 5.2 5.2 1.8-5.2 1.8-1.8 5.2-1.8-5.2-5.2-1.8 5.2-1.8z"))
+        out.append(_name(place[group == target], names.get(target or 0, str(target)), stars))
+    out.append(_marks(stars, "reference", "m0-7l1.8 5.2 5.2 1.8-5.2 1.8-1.8 5.2-1.8-5.2-5.2-1.8 5.2-1.8z"))
     return Markup("").join([*out, Markup("</svg>")])
 
 
@@ -160,8 +166,10 @@ def _marks(places: Floats, kind: str, shape: str) -> Markup:
     return Markup(f'<path class="{kind}" d="{d}"/>') if d else Markup("")
 
 
-def _name(places: Sequence[Any] | Floats, name: str) -> Markup:
-    x, y = np.median(np.asarray(places), axis=0)
+def _name(places: Floats, name: str, stars: Floats) -> Markup:
+    x, y = np.median(places, axis=0)
+    if len(stars) and float(np.hypot(*(stars - (x, y)).T).min()) < 22:
+        y += 24  # not under the reference
     short = plain(name, 18)
     x = min(max(float(x), 4 + 3.4 * len(short)), 336 - 3.4 * len(short))
     return Markup(f'<text class="where" x="{_n(x)}" y="{_n(float(y))}">{escape(short)}</text>')

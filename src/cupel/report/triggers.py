@@ -9,6 +9,7 @@ import numpy as np
 
 from cupel.records import Record
 from cupel.report.cells import Arrays
+from cupel.report.gallery import in_order
 from cupel.report.pictures import data_uri, is_picture, stamp_uri
 from cupel.report.text import percent, plain
 from cupel.report.words import encoder_label
@@ -17,16 +18,14 @@ __all__ = ["triggers_of"]
 
 View = dict[str, Any]
 _MOST = 3
-_ORDER = ("clean", "backdoored", "purified")
 
 
 def triggers_of(record: Record, arrays: Arrays) -> View | None:
     """The true trigger (None where it is not known) and, per encoder, its smallest inverted ones first."""
     true = _true(arrays)
     names = {key.split("/")[1] for key in arrays if key.startswith("inverted/")}
-    order = [name for name in _ORDER if name in names] + sorted(names - set(_ORDER))
     encoders = []
-    for name in order:
+    for name in in_order(names):
         found = _inverted(name, arrays, record.verdicts.get(name, {}))
         if found:
             encoders.append({"encoder": encoder_label(name), "found": found[:_MOST], "total": len(found)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from cupel.records import Metric, Record
 from cupel.report import svg
 from cupel.report.cells import Arrays
-from cupel.report.pictures import data_uri, is_batch, is_small
+from cupel.report.gallery import MOMENTS, in_order, maps_of, pictures_of, references_of
 from cupel.report.tasks import Task, tasks_of
 from cupel.report.text import interval, percent, plain, points, short_key, span
 from cupel.report.triggers import triggers_of
@@ -32,8 +32,6 @@ _STRIP = (
         ("attack_success_rate_baseline", "attack_success_rate", "purified_attack_success_rate"),
     ),
 )
-_MOMENTS = ("before the attack", "after the attack", "after purification")
-_ORDER = ("clean", "backdoored", "purified")
 _STAGES = {"pretrain": "Pre-training", "implant": "Implanting the backdoor", "purify": "Purification"}
 
 
@@ -55,6 +53,8 @@ def cell_view(record: Record, arrays: Arrays, number: int, pairs: int) -> View:
     tasks = tasks_of(record, classes)
     first = tasks[0] if tasks else Task("", "", None, {}, {})
     headline, steps = story(first.metrics, record.verdicts, first.target)
+    if headline and len(tasks) > 1 and first.name:
+        headline = f"On {first.name}: {headline[0].lower()}{headline[1:]}"
     failed = record.status != "done"
     return {
         "id": f"cell-{number}",
@@ -69,22 +69,17 @@ def cell_view(record: Record, arrays: Arrays, number: int, pairs: int) -> View:
         "source": plain(_source(record), 300),
         "deviations": _texts(record.extra.get("deviations")),
         "notes": _texts(record.notes),
-        "pictures": _pictures(arrays, classes, first, pairs),
-        "references": _references(arrays),
+        "pictures": pictures_of(arrays, classes, first, pairs),
+        "references": references_of(arrays),
         "triggers": triggers_of(record, arrays),
-        "maps": _maps(arrays, classes, first),
-        "verdicts": [_verdict(name, record.verdicts[name]) for name in _ordered(record.verdicts)],
+        "maps": maps_of(arrays, classes, first),
+        "verdicts": [_verdict(name, record.verdicts[name]) for name in in_order(record.verdicts)],
         "curves": _curves(arrays),
         "steps": [_step(step) for step in record.steps],
         "seconds": [{"stage": stage, "time": _time(seconds)} for stage, seconds in record.seconds.items()],
         "settings": _pretty(record.settings),
         "manifest": _pretty(record.extra.get("manifest")),
     }
-
-
-def _ordered(names: Any) -> list[str]:
-    rank = {name: i for i, name in enumerate(_ORDER)}
-    return sorted(names, key=lambda name: (rank.get(name, len(rank)), str(name)))
 
 
 def _texts(value: Any) -> list[str]:
@@ -138,7 +133,7 @@ def _task(task: Task, *, many: bool) -> View:
         if any(name in task.metrics for name in names):
             tiles = [
                 {"short": metric_word(name).short, "moment": moment, "figure": _figure(task.metrics.get(name))}
-                for name, moment in zip(names, _MOMENTS, strict=True)
+                for name, moment in zip(names, MOMENTS, strict=True)
                 if name in task.metrics or not name.startswith("purified")
             ]
             if title.endswith("for"):
@@ -185,79 +180,6 @@ def _published(task: Task) -> list[View]:
     return rows
 
 
-def _named(label: Any, classes: Sequence[str]) -> str:
-    label = int(label)
-    return plain(classes[label], 40) if 0 <= label < len(classes) else f"class {label}"
-
-
-def _at(arrays: Arrays, name: str, row: int) -> int | None:
-    labels = arrays.get(name)
-    if labels is None or labels.ndim != 1 or row >= len(labels) or not np.issubdtype(labels.dtype, np.integer):
-        return None
-    return int(labels[row])
-
-
-def _pictures(arrays: Arrays, classes: Sequence[str], task: Task, most: int) -> list[View]:
-    clean, hit = arrays.get("images/clean"), arrays.get("images/triggered")
-    if clean is None or not is_batch(clean):
-        return []
-    if hit is None or hit.shape != clean.shape or not is_batch(hit):
-        hit = None
-    made = []
-    for row in range(min(most, len(clean))):
-        label = _at(arrays, "images/labels", row)
-        said = {"clean": _at(arrays, "images/predicted_clean", row)}
-        said["hit"] = _at(arrays, "images/predicted_triggered", row)
-        made.append(
-            {
-                "clean": data_uri(clean[row]),
-                "hit": None if hit is None else data_uri(hit[row]),
-                "pixels": is_small(clean[row]),
-                "label": "" if label is None else _named(label, classes),
-                "said_clean": "" if said["clean"] is None else _named(said["clean"], classes),
-                "said_hit": "" if said["hit"] is None else _named(said["hit"], classes),
-                "right": said["clean"] is not None and said["clean"] == label,
-                "fooled": said["hit"] is not None and said["hit"] == task.target_class and said["hit"] != label,
-            }
-        )
-    return made
-
-
-def _references(arrays: Arrays) -> list[View]:
-    found = arrays.get("reference")
-    if found is None or not is_batch(found):
-        return []
-    return [{"uri": data_uri(one), "pixels": is_small(one)} for one in found[:5]]
-
-
-def _maps(arrays: Arrays, classes: Sequence[str], task: Task) -> View | None:
-    parts = [key.split("/") for key in arrays]
-    names = _ordered({part[1] for part in parts if len(part) == 3 and part[0] == "map" and part[2] == "points"})
-    made, seen = [], set()
-    titles = dict(zip(_ORDER, _MOMENTS, strict=True))
-    for name in names:
-        group = arrays.get(f"map/{name}/group")
-        if group is None or not np.issubdtype(group.dtype, np.integer):
-            continue
-        title = titles.get(name, encoder_label(name))
-        label = f"Map of the embeddings {title}: clean images by class, triggered images and reference"
-        chart = svg.scatter(
-            arrays[f"map/{name}/points"], group, dict(enumerate(classes)), task.target_class, label
-        )  # fmt: skip
-        if chart is not None:
-            made.append({"title": title[:1].upper() + title[1:], "chart": chart})
-            seen |= {int(g) for g in np.unique(group)}
-    kinds = {g for g in seen if g >= 0}
-    legend = {
-        "classes": len(kinds),
-        "many": len(kinds) > svg.NAMED_CLASSES,
-        "target": task.target if task.target_class in kinds else "",
-        "triggered": -2 in seen,
-        "reference": -1 in seen,
-    }
-    return {"charts": made, **legend} if made else None
-
-
 def _verdict(name: str, verdict: Mapping[str, Any]) -> View:
     word = str(verdict.get("verdict", ""))
     label, meaning = VERDICTS.get(word, (plain(word, 40) or "Unknown", ""))
@@ -292,7 +214,7 @@ def _curves(arrays: Arrays) -> list[View]:
     stages: dict[str, list[View]] = {}
     for key, values in arrays.items():
         parts = key.split("/")
-        if parts[0] != "curve" or len(parts) != 3 or not np.issubdtype(values.dtype, np.number):
+        if parts[0] != "curve" or len(parts) != 3 or values.dtype.kind not in "biuf":
             continue
         stage, name = parts[1], parts[2]
         title = CURVES.get(f"{stage}/{name}", plain(name.replace("_", " "), 60))

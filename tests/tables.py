@@ -1,0 +1,53 @@
+"""Every table of methods, and settings of each method that are small enough for a test."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from cupel.attack import ATTACKS
+from cupel.encoders import ENCODERS
+from cupel.pretrain import OBJECTIVES
+from cupel.probe import PROBES
+from cupel.purify import PURIFIERS
+from cupel.scan import SCANNERS
+from cupel.triggers import TRIGGERS
+
+__all__ = ["METHODS", "TABLES", "methods", "tiny"]
+
+TABLES: Mapping[str, Mapping[str, type]] = {
+    "attacks": ATTACKS,
+    "objectives": OBJECTIVES,
+    "probes": PROBES,
+    "scanners": SCANNERS,
+    "purifiers": PURIFIERS,
+    "triggers": TRIGGERS,
+    "encoders": ENCODERS,
+}
+
+METHODS = [
+    pytest.param(stage, name, cls, id=f"{stage}-{name}")
+    for stage, table in TABLES.items()
+    for name, cls in table.items()
+    if cls.__module__.startswith("cupel.")  # other packages' methods are theirs to test
+]
+
+# by the fields' names, so that a new method is tested without a word here
+_SMALL: Mapping[str, Any] = {
+    "batch_size": 16, "epochs": 1, "images": 48, "input_size": 16, "l1_draws": 2, "max_steps": 20, "num_seeds": 2,
+    "pgd_steps": 1, "size": 4, "steps": 2, "width": 4, "width_multiplier": 0.0625,
+}  # fmt: skip
+
+
+def methods(stage: str) -> list[Any]:
+    """Parameters (name, class) for the methods of one table."""
+    return [pytest.param(name, cls, id=name) for name, cls in TABLES[stage].items()]
+
+
+def tiny(cls: Any, **changes: Any) -> Any:
+    """A method with few steps and small sizes."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{**{k: v for k, v in _SMALL.items() if k in names}, **changes})
