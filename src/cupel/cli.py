@@ -68,7 +68,8 @@ class Budget(StrEnum):
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Source of all randomness.")]
 EncoderFile = Annotated[str, typer.Argument(metavar="ENCODER", help="Checkpoint file of any suffix, or a folder.")]
 ImageSource = Annotated[
-    str, typer.Option("--images", metavar="SRC", help="Folder, Parquet, .npz or name of a data set; labels are not read.")
+    str,
+    typer.Option("--images", metavar="SRC", help="Folder, Parquet, .npz or name of a data set; labels are not read."),
 ]
 Arch = Annotated[str | None, typer.Option(help="Architecture, e.g. resnet18 or fast,width=32; default: from the file.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")]
@@ -201,7 +202,8 @@ def _call(arguments: Sequence[str]) -> int:
             return int(app(list(arguments), standalone_mode=False) or 0)
         except _LibraryError as error:
             hint = "see `cupel --help`"
-            message = " ".join(str(getattr(error, "format_message", lambda: error)()).split()).rstrip(".")
+            spoken = error.format_message() if hasattr(error, "format_message") else str(error)
+            message = " ".join(spoken.split()).rstrip(".")
             usage = isinstance(error, _LibraryUsageError)
             raise (UsageError if usage else CupelError)("cupel", message[:1].lower() + message[1:], hint) from None
 

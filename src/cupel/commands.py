@@ -122,7 +122,7 @@ def _spoken(verdict: Verdict) -> str:
 
 
 def _evidence_arrays(verdict: Verdict, which: str) -> dict[str, np.ndarray[Any, Any]]:
-    arrays = {}
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
     for i, one in enumerate(verdict.evidence):
         arrays |= {f"inverted/{which}/{i}/mask": one.mask, f"inverted/{which}/{i}/pattern": one.pattern}
     return arrays
@@ -260,10 +260,13 @@ def _run(found: Sequence[Any], out: Path, command: str) -> int:
 def _summarise(record: Record) -> None:
     print(f"\n{record.name}" + ("" if record.status == "done" else f"  {record.status.upper()}: {record.reason}"))
     for name, metric in record.metrics.items():
-        shown = "not measurable" if metric.value is None else f"{metric.value:7.2%}  [{metric.low:.2%}, {metric.high:.2%}]"
+        shown = (
+            "not measurable" if metric.value is None else f"{metric.value:7.2%}  [{metric.low:.2%}, {metric.high:.2%}]"
+        )
         print(f"  {name:<44}{shown}  n {metric.n}, seeds {metric.seeds}")
     for which, verdict in record.verdicts.items():
-        print(f"  scan of {which:<36}{verdict['verdict']}  score {verdict['score']:.3f}, threshold {verdict['threshold']:.3f}")
+        numbers = f"score {verdict['score']:.3f}, threshold {verdict['threshold']:.3f}"
+        print(f"  scan of {which:<36}{verdict['verdict']}  {numbers}")
     if "total" in record.seconds:
         print(f"  {record.seconds['total']:.1f} s")
 

@@ -52,7 +52,7 @@ def fit(
     """Train `learner` on `data`.
 
     Step `t` draws its rows from `seed` and the epoch, and all else from `seed.child("step", t)`; no generator
-    outlives a step, so a run resumed from a checkpoint equals the unbroken one bit for bit (same machine, same threads).
+    outlives a step, so a resumed run equals the unbroken one bit for bit (same machine, same threads).
 
     Args:
         learner: Parameters and loss; trained in place.
@@ -133,9 +133,7 @@ def fit(
 class _State:
     """Weights, buffers and optimiser state in one safetensors file; the rest as JSON in its header."""
 
-    def __init__(
-        self, learner: Learner, optimizer: torch.optim.Optimizer, path: Path | None, identity: str
-    ) -> None:
+    def __init__(self, learner: Learner, optimizer: torch.optim.Optimizer, path: Path | None, identity: str) -> None:
         self.learner, self.optimizer, self.path, self.identity = learner, optimizer, path, identity
 
     def save(self, step: int, history: History) -> None:
@@ -148,7 +146,11 @@ class _State:
         note = {"step": step, "identity": self.identity, "history": history}
         with atomic_file(self.path) as part:
             # clones: tied or sliced tensors share memory, which the format refuses
-            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, part, {"cupel": json.dumps(note)})
+            save_file(
+                {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+                part,
+                {"cupel": json.dumps(note)},
+            )
 
     def load(self) -> tuple[int, History]:
         if self.path is None or not self.path.exists():

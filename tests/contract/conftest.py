@@ -54,8 +54,8 @@ def attacker(images: Dataset) -> Knowledge:
 @pytest.fixture(autouse=True)
 def _global_generators_untouched() -> Iterator[None]:
     """Randomness comes from the seed alone: nothing draws from, or seeds, a global generator."""
-    before, numbers = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002  # the global one is what is watched
+    before, numbers = torch.get_rng_state(), np.random.get_state()
     yield
     assert torch.equal(before, torch.get_rng_state())
-    after = np.random.get_state()  # noqa: NPY002  # as above
+    after = np.random.get_state()
     assert all(np.array_equal(a, b) for a, b in zip(numbers, after, strict=True))

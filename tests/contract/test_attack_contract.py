@@ -70,9 +70,6 @@ def test_encoder_attack(
 @pytest.mark.parametrize(("name", "cls"), methods("attacks"))
 def test_an_attacker_without_goals_is_an_error(name: str, cls: Any, encoder: ImageEncoder, images: Dataset) -> None:
     nothing = Knowledge(goals=(), shadow=images, labelled=images)
-    attack = tiny(cls)
+    verb, given = ("poison", images) if hasattr(cls, "poison") else ("implant", encoder)
     with pytest.raises(CupelError):
-        if hasattr(attack, "poison"):
-            attack.poison(images, nothing, Seed(5))
-        else:
-            attack.implant(encoder, nothing, Seed(5))
+        getattr(tiny(cls), verb)(given, nothing, Seed(5))

@@ -45,7 +45,7 @@ class BadEncoder(Recipe):
         l1_draws: Augmented draws per reference and step; None = one per shadow image, as published.
         detach_reference: Stop the gradient through f'(reference) in L0 (ablation; published: False).
 
-    Defaults are those published for CIFAR-10: SGD 1e-3, momentum 0.9, weight decay 5e-4, batch 256, 200 epochs, constant.
+    Defaults are those published for CIFAR-10: SGD at 1e-3, momentum 0.9, weight decay 5e-4, batch 256, 200 epochs.
 
     Source: Jia, Liu, Gong, IEEE S&P 2022, arXiv:2108.00352, eq. 1–5 and section V-A.
     Deviations: bf16 autocast unless `precision: fp32`; one forward pass per reference where the authors repeat it over

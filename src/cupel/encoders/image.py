@@ -106,7 +106,7 @@ class ImageEncoder:
 
 
 def assemble(made_by: Any, method: str, backbone: Callable[[], nn.Module], width: int, seed: Seed) -> ImageEncoder:
-    """Initialise a backbone from `seed`, leaving the global generator as it was, and put it behind its normalisation."""
+    """Initialise a backbone from `seed` (the global generator stays as it was) and put it behind its normalisation."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed.value)
         net = backbone()

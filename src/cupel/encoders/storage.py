@@ -109,11 +109,12 @@ def architecture_of(file: TensorFile, path: Path) -> Architecture:
     candidates: list[Architecture] = []
     if first is not None:
         width, side = first[0], first[2]
-        candidates = {
+        by_stem: dict[int, list[Architecture]] = {
             4: [Fast(width=width)],
             3: [ResNet18(width_multiplier=width / 64)],
             7: [ResNet18(stem="imagenet", input_size=224, normalisation="imagenet"), ResNet50()],
-        }.get(side, [])
+        }
+        candidates = by_stem.get(side, [])
     for candidate in candidates:
         expected = {k: tuple(v.shape) for k, v in candidate.build(Seed(0)).module.backbone.state_dict().items()}
         try:

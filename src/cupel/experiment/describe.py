@@ -54,7 +54,8 @@ def describe(
         seed: Choice of the images shown.
 
     Returns:
-        `images/…`, `trigger/…`, `reference`, `map/<encoder>/points` and `/group` (−1 reference, −2 triggered, else class).
+        `images/…`, `trigger/…`, `reference`, `map/<encoder>/points` and `/group` (−1 reference, −2 triggered, else
+        class).
     """
     rows = torch.randperm(len(test), generator=seed.child("rows").torch())
     mapped = test.subset(rows[:_MAPPED])

@@ -18,7 +18,7 @@ from cupel.scan import SCANNERS
 from cupel.seeds import Seed
 from cupel.settings import canonical, digest, method_name
 
-__all__ = ["VIRTUAL", "Step", "file_content", "plan", "recipe_of"]
+__all__ = ["VIRTUAL", "Step", "file_content", "plan", "recipe_of", "task_names"]
 
 VIRTUAL = frozenset({"data", "poison"})
 """Stages whose values are made again when needed and are not stored: they are cheap, and would be large."""
@@ -34,7 +34,8 @@ class Step:
         method: Settings object, or plain values.
         inputs: Steps whose values this one reads, in order.
         seed: Randomness of this step.
-        key: Hash of stage, settings with every default, revisions, contents of named files and data, inputs' keys, seed.
+        key: Hash of stage, settings with every default, revisions, contents of named files and data, inputs' keys and
+            seed.
     """
 
     stage: str
@@ -96,9 +97,9 @@ def plan(experiment: Experiment) -> tuple[Step, ...]:
         steps.append(made)
         return made
 
-    tasks = [d.data for d in experiment.downstream]
+    tasks = task_names(experiment)
     if len(set(tasks)) < len(tasks):
-        raise SettingsError(f"{experiment.name}.downstream", "names one task twice", "use a grid for several targets")
+        raise SettingsError(f"{experiment.name}.downstream", "names one task and target twice", "keep one of them")
     held_out = [d.data for d in experiment.downstream if d.data == up.data]
     pools = {d.data: images("pool", d.data, "train", limit=d.size) for d in experiment.downstream}
     upstream = images("pre-training", up.data, "train", limit=up.size, without=held_out)
@@ -126,14 +127,20 @@ def plan(experiment: Experiment) -> tuple[Step, ...]:
     encoders: dict[str, Step] = {"clean": clean}
     goals: Step | None = None
     if experiment.attack is not None:
-        aims = [_goal(d) for d in experiment.downstream]
-        method = {"attack": experiment.attack, "goals": aims}
+        aims = [
+            {"task": task, "target_class": d.target_class, "trigger": d.trigger}
+            for task, d in zip(tasks, experiment.downstream, strict=True)
+        ]
+        method: dict[str, Any] = {"attack": experiment.attack, "goals": aims}
         name = method_name(experiment.attack, ATTACKS)
         if hasattr(experiment.attack, "poison"):
             goals = add("poison", f"poison {name}", method, upstream)
             encoders["backdoored"] = add("pretrain", "pretrain backdoored", training, goals, part="pretrain")
         else:
-            references = [_references(add, experiment, d, pools, train, clean) for d in experiment.downstream]
+            references = [
+                _references(add, experiment, task, d, pools, train, clean)
+                for task, d in zip(tasks, experiment.downstream, strict=True)
+            ]
             goals = add("implant", f"implant {name}", method, clean, shadow, *references)
             encoders["backdoored"] = goals
 
@@ -154,29 +161,36 @@ def plan(experiment: Experiment) -> tuple[Step, ...]:
             evidence = verdicts.get("backdoored", [])
             encoders[which] = add("purify", f"purify {name}", purifier, encoders["backdoored"], defender, *evidence)
             scan(which)
-    scores = []
     for which, encoder in encoders.items():
-        for d in experiment.downstream:
-            method = {"task": d.data, "target_class": d.target_class, "probe": d.probe, "head_seeds": d.head_seeds}
+        for task, d in zip(tasks, experiment.downstream, strict=True):
+            probing = {"task": task, "target_class": d.target_class, "probe": d.probe, "head_seeds": d.head_seeds}
             inputs = (encoder, train[d.data], test[d.data], *([goals] if goals else []))
-            scores.append(add("score", f"score {d.data}: {which}", method, *inputs, part=f"score {d.data}"))
+            add("score", f"score {task}: {which}", probing, *inputs, part=f"score {task}")
     first = experiment.downstream[0]
     shown = [test[first.data], *encoders.values(), *(v for one in verdicts.values() for v in one)]
     roles = {"encoders": list(encoders), "verdicts": [which for which, one in verdicts.items() for _ in one]}
     extra = [goals] if goals else []
-    add("describe", "describe", {"task": first.data, "probe": first.probe, **roles}, train[first.data], *shown, *extra)
+    add("describe", "describe", {"task": tasks[0], "probe": first.probe, **roles}, train[first.data], *shown, *extra)
     return (check, *[s for s in steps if s is not check and s.stage != "data"])
 
 
-def _goal(d: Downstream) -> Mapping[str, Any]:
-    return {"task": d.data, "target_class": d.target_class, "trigger": d.trigger}
+def task_names(experiment: Experiment) -> list[str]:
+    """One name per downstream task: its data set's, with the target where a data set stands twice."""
+    names = [d.data for d in experiment.downstream]
+    return [d.data if names.count(d.data) == 1 else f"{d.data}-{d.target_class}" for d in experiment.downstream]
 
 
 def _references(
-    add: Any, experiment: Experiment, d: Downstream, pools: Mapping[str, Step], train: Mapping[str, Step], clean: Step
+    add: Any,
+    experiment: Experiment,
+    task: str,
+    d: Downstream,
+    pools: Mapping[str, Step],
+    train: Mapping[str, Step],
+    clean: Step,
 ) -> Step:
     wanted = d.references or experiment.attacker.references
     inputs = [pools[d.data], *([clean, train[d.data]] if wanted.choose else [])]
-    method = {"references": wanted, "target_class": d.target_class, "task": d.data}
-    step: Step = add("references", f"references {d.data}", method, *inputs)
+    method = {"references": wanted, "target_class": d.target_class, "task": task}
+    step: Step = add("references", f"references {task}", method, *inputs)
     return step

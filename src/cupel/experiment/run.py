@@ -15,7 +15,7 @@ import torch
 
 import cupel
 from cupel.errors import CupelError, Interrupted
-from cupel.experiment.plan import VIRTUAL, Step, file_content, plan
+from cupel.experiment.plan import VIRTUAL, Step, file_content, plan, task_names
 from cupel.experiment.spec import Experiment
 from cupel.experiment.stages import STAGES, Context, Value
 from cupel.experiment.store import Artefact, Store
@@ -80,6 +80,17 @@ class Runner:
         return artefact
 
 
+def _leaves(value: Any, key: str = "") -> list[str]:
+    """The values inside a grid point that tell it from others, short enough for a file name."""
+    if isinstance(value, dict):
+        return [leaf for inner, one in value.items() for leaf in _leaves(one, inner)]
+    if isinstance(value, list):
+        return [leaf for one in value for leaf in _leaves(one)]
+    if isinstance(value, bool):
+        return [key if value else f"no_{key}"]
+    return [Path(value).stem if key == "file" else str(value)]
+
+
 def cell_name(experiment: Experiment, point: Mapping[str, Any]) -> str:
     """A file name for one cell: the experiment's name and the grid's values.
 
@@ -90,9 +101,7 @@ def cell_name(experiment: Experiment, point: Mapping[str, Any]) -> str:
     """
     parts = [experiment.name]
     for path, value in point.items():
-        if isinstance(value, dict):
-            value = value.get("name") or "-".join(str(v) for v in value.values() if isinstance(v, str | int))
-        parts.append(f"{path.rpartition('.')[2]}={value}")
+        parts.append(f"{path.rpartition('.')[2]}={'-'.join(_leaves(value))}")
     return re.sub(r"[^\w.=+-]+", "_", "--".join(parts))[:150]
 
 
@@ -164,16 +173,17 @@ def _collect(
         elif step.stage == "check":
             companions["splits"] = value.values
         for key, array in value.arrays.items():
-            if key.startswith("curve/") and "clean" not in key:
-                arrays[key] = array
-            elif step.stage == "describe":
+            if (key.startswith("curve/") and "clean" not in key) or step.stage == "describe":
                 arrays[key] = array
     seconds["total"] = round(total, 3)
     notes = []
     if companions["splits"]["shadow_in_pretraining"] == 1.0:
         notes.append("The attacker's shadow images are pre-training images.")
-    names = {d.data: d.target_class for d in experiment.downstream}
-    extra: dict[str, Any] = {"companions": companions, "references": references, "targets": names}
+    targets = [
+        {"task": task, "target_class": d.target_class}
+        for task, d in zip(task_names(experiment), experiment.downstream, strict=True)
+    ]
+    extra: dict[str, Any] = {"companions": companions, "references": references, "downstream": targets}
     if experiment.paper is not None:
         extra["paper"] = {"source": experiment.paper.source, **experiment.paper.results}
         extra["deviations"] = list(experiment.paper.deviations)
@@ -195,9 +205,11 @@ def run_cells(
     found: Sequence[tuple[Mapping[str, Any], Experiment]], out: Path, *, command: str = "run", device: str = "cpu"
 ) -> list[Record]:
     """Run all cells of a grid, one record each under `out/cells`, artefacts under `out/store`."""
-    store, records = Store(out / "store"), []
-    for point, experiment in found:
+    store, records, taken = Store(out / "store"), [], set[str]()
+    for i, (point, experiment) in enumerate(found, 1):
         name = cell_name(experiment, point)
+        name = f"{name}--{i}" if name in taken else name  # cut names may meet
+        taken.add(name)
         record, arrays = run_cell(experiment, store, command=command, name=name, device=device)
         if arrays:
             with atomic_file(out / "cells" / f"{name}.npz") as part, part.open("wb") as file:

@@ -177,7 +177,9 @@ class _Loader(yaml.SafeLoader):
 
 # YAML 1.2: `yes` and `no` are words, `1e-3` is a number
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    first: [
+        (tag, pattern) for tag, pattern in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
@@ -217,7 +219,7 @@ def read_experiment(source: str | Path) -> tuple[dict[str, Any], str]:
     if path.stat().st_size > _MAX_BYTES:
         raise SettingsError(path.name, "is larger than 1 MiB", "an experiment is a page of YAML")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  # a SafeLoader
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
         _check_depth(data)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -257,7 +259,7 @@ def cells(
         if not sign:
             raise SettingsError("--set", f"'{change}' has no '='", "write --set key=value")
         try:
-            _put(plain, path.strip(), yaml.load(text, Loader=_Loader), "--set")  # noqa: S506  # a SafeLoader
+            _put(plain, path.strip(), yaml.load(text, Loader=_Loader), "--set")  # a SafeLoader
         except yaml.YAMLError:
             raise SettingsError("--set", f"the value of '{path}' is not valid YAML") from None
     grid = plain.pop("grid", None) or {}
@@ -298,4 +300,3 @@ def _put(plain: dict[str, Any], path: str, value: Any, where: str) -> None:
         here[last] = value
     else:
         raise SettingsError(where, f"'{path}' leads to no key")
-

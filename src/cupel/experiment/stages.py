@@ -96,13 +96,16 @@ def _references(step: Step, inputs: Sequence[Value], context: Context) -> Artefa
     else:
         rows = sources.draw_references(pool, target, wanted.size, step.seed)
     if len(rows) < wanted.size:
-        raise DataError(pool.name, f"holds {len(rows)} images of class {target}, {wanted.size} references were asked for")
+        raise DataError(
+            pool.name, f"holds {len(rows)} images of class {target}, {wanted.size} references were asked for"
+        )
     return Artefact({"from": pool.name, "ids": pool.ids[rows].tolist()}, {"references": pool.inputs[rows].numpy()})
 
 
 def _goals(step: Step, references: Sequence[Artefact]) -> tuple[Goal, ...]:
     aims = step.method["goals"]
-    pictures = [torch.from_numpy(np.array(one.arrays["references"])) for one in references] or [None] * len(aims)
+    pictures: list[Tensor | None] = [torch.from_numpy(np.array(one.arrays["references"])) for one in references]
+    pictures = pictures or [None] * len(aims)
     return tuple(
         Goal(aim["trigger"], refs, aim["task"], aim["target_class"]) for aim, refs in zip(aims, pictures, strict=True)
     )
@@ -179,7 +182,7 @@ def _scan(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
     scanner = step.method
     data = images if "labels" in scanner.needs else images.without_labels(type(scanner).__name__)
     verdict = scanner.scan(encoder, data, step.seed, reference_for(scanner, encoder.card))
-    arrays = {}
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
     for i, one in enumerate(verdict.evidence):
         arrays |= {f"inverted/{i}/mask": one.mask, f"inverted/{i}/pattern": one.pattern}
     return Artefact({"verdict": verdict.to_json()}, arrays)
@@ -224,7 +227,9 @@ def _score(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
             history.append(counts(head))
             return history[-1]
 
-        head = m["probe"].fit_features(h_train, train.labels, train.num_classes, step.seed.child("head", i), watch=watch)
+        head = m["probe"].fit_features(
+            h_train, train.labels, train.num_classes, step.seed.child("head", i), watch=watch
+        )
         for name, count in counts(head).items():
             by_seed.setdefault(name, []).append(count)
         if history:

@@ -69,7 +69,8 @@ class CBD(Recipe):
             encoder's embedding of that view as its target. It keeps accuracy, and keeps the backdoor wherever a view
             happens to look like the trigger.
         anchor_views: Further augmented views per image in the anchor term; none where `augmented_anchor` is off.
-        augment: How views are made.
+        augment: How views are made. Without crops by default: a zoomed stroke can look like a patch trigger, and the
+            anchor then defends the backdoor.
         lambda_pull, lambda_anchor: λ ≥ 0.
         bn: BatchNorm runs on its stored statistics, which never move; `frozen` = its affine part is fixed too.
 
@@ -101,7 +102,7 @@ class CBD(Recipe):
     anchor: Literal["frozen", "self"] = "frozen"
     augmented_anchor: bool = True
     anchor_views: Count = 1
-    augment: SimCLRAugment = SimCLRAugment()
+    augment: SimCLRAugment = SimCLRAugment(crop=False)
     lambda_pull: NonNegative = 1.0
     lambda_anchor: NonNegative = 1.0
     bn: Literal["frozen", "eval_affine"] = "frozen"
@@ -274,7 +275,7 @@ class CBDLearner:
         pull = pull_distance(s.pull, adversarial, own, self.scale)
         anchor = pull_distance(s.pull, clean, target, self.scale)
         total = s.lambda_pull * pull + s.lambda_anchor * anchor
-        return total, {"pull": pull, "anchor": anchor, "feature_std": now}
+        return total, {"pull": pull.detach(), "anchor": anchor.detach(), "feature_std": now}
 
     def anchors(self, raw: Tensor, x: Tensor, own: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:
         """Clean images whose embeddings shall stay, and the frozen encoder's embeddings of them.

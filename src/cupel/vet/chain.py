@@ -62,7 +62,8 @@ def scan_encoder(
     each = []
     for scanner in scanners:
         name = type(scanner).__name__
-        verdict = scanner.scan(encoder, images.without_labels(name), seed.child(name), reference_for(scanner, encoder.card))
+        reference = reference_for(scanner, encoder.card)
+        verdict = scanner.scan(encoder, images.without_labels(name), seed.child(name), reference)
         say(f"  {name.lower()}: {verdict.verdict}  score {verdict.score:.3f}  threshold {verdict.threshold:.3f}")
         each.append((name.lower(), verdict))
     return max((v for _, v in each), key=lambda v: _ORDER.index(v.verdict)), each
@@ -126,7 +127,9 @@ def purify_encoder(
     unlabelled = images.without_labels(type(purifier).__name__)
     for done in range(1, max_rounds + 1):
         say(f"  purify, round {done}")
-        current, history = purifier.purify_with_history(current, unlabelled, seed.child("purify", done), evidence)
+        made, history = purifier.purify_with_history(current, unlabelled, seed.child("purify", done), evidence)
+        assert isinstance(made, ImageEncoder)  # it returns the kind it was given
+        current = made
         after, _ = scan_encoder(current, images, scanners, seed.child("scan", done))
         if after.verdict not in ("backdoored", "suspicious"):
             break
@@ -139,5 +142,5 @@ def purify_encoder(
         stamped = _stamped(some, min(found, key=lambda e: e.size))
         residue = tuple(float(metrics.concentration(features(one, stamped))) for one in (encoder, current))
     source = {**current.card.source, "purified_with": type(purifier).__name__}
-    made = dataclasses.replace(current, card=dataclasses.replace(current.card, source=source))
-    return Vetted(made, before, after, done, drift, residue, history)  # type: ignore[arg-type]  # two by construction
+    result = dataclasses.replace(current, card=dataclasses.replace(current.card, source=source))
+    return Vetted(result, before, after, done, drift, residue, history)  # type: ignore[arg-type]  # two by construction

@@ -252,7 +252,7 @@ def test_a_resumed_run_equals_the_unbroken_one(
 def test_a_collapse_is_an_error(cnn: ImageEncoder, toy: Planted) -> None:
     """Nothing holds the embeddings: a constant encoder is the minimum, and the pull finds it."""
     bad = CBD(mode="pgd-linf", epsilon=0.1, anchor="self", lambda_anchor=0.0, pull="cosine", augmented_anchor=False,
-              bn="eval_affine", steps=100, batch_size=32, lr=0.5, schedule="constant")  # fmt: skip
+              bn="eval_affine", steps=40, batch_size=32, lr=0.5, schedule="constant")  # fmt: skip
     with pytest.raises(CupelError, match="embeddings collapse") as caught:
         bad.purify(cnn, toy.images, Seed(0))
     assert "anchor" in caught.value.todo
