@@ -2,6 +2,7 @@
 PYTHON ?= python3
 OUT    ?= cupel-demo
 VENV   := .venv
+export UV_PROJECT_ENVIRONMENT := $(VENV)
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 CODE   := src tests benchmarks

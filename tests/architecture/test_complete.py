@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import cupel
+import cupel.api
 from cupel.errors import DataError
 from cupel.experiment import cells, packaged, plan, read_experiment
 from cupel.protocols import DataAttack, EncoderAttack, Objective, Probe, Purifier, Scanner, Trigger
@@ -84,6 +85,12 @@ def test_packaged_experiment_parses_and_plans(name: str) -> None:
             assert made <= done, f"'{step.name}' comes before its inputs"
             done.add(step.key)
         assert keys == [step.key for step in plan(experiment)]
+
+
+@pytest.mark.parametrize("name", cupel.api.__all__)
+def test_api_name_is_reached_from_the_top(name: str) -> None:
+    """`cupel.name` is what `cupel.api.name` is, also after every subpackage was imported under its own name."""
+    assert getattr(cupel, name) is getattr(cupel.api, name)
 
 
 LIGHT = ["cupel", "cupel.cli", "cupel.report", "cupel.checkpoint", "cupel.checkpoint.inspect", "cupel.records"]

@@ -1,4 +1,4 @@
-"""The README says what is there: its table of methods, its commands, its example. UPDATE_README=1 rewrites the table."""
+"""The README says what is there: methods, commands, a running example. UPDATE_README=1 rewrites its table."""
 
 from __future__ import annotations
 

@@ -46,9 +46,7 @@ def test_data_attack(name: str, cls: Any, images: Dataset, attacker: Knowledge) 
 
 
 @pytest.mark.parametrize(("name", "cls"), of_kind("implant"))
-def test_encoder_attack(
-    name: str, cls: Any, encoder: ImageEncoder, images: Dataset, attacker: Knowledge
-) -> None:
+def test_encoder_attack(name: str, cls: Any, encoder: ImageEncoder, images: Dataset, attacker: Knowledge) -> None:
     attack = tiny(cls)
     assert attacker.shadow is not None
     model, data = model_print(encoder.module), data_print(attacker.shadow)

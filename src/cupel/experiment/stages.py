@@ -22,7 +22,7 @@ from cupel.experiment.plan import Step, file_content
 from cupel.experiment.store import Artefact
 from cupel.inference import features, triggered
 from cupel.pretrain import pretrain
-from cupel.probe import Linear, check_target
+from cupel.probe import Knn, Linear, check_target
 from cupel.protocols import Trigger
 from cupel.seeds import Seed
 from cupel.settings import OneOf, canonical, method_name, parse, settings
@@ -68,6 +68,8 @@ def _pretrain(step: Step, inputs: Sequence[Value], context: Context) -> Artefact
         step.seed,
         device=context.device,
         checkpoint=context.checkpoint,
+        watch=_knn_monitor(data, step.seed.child("monitor")) if m["monitor_every"] else None,
+        watch_every=m["monitor_every"],
     )
     manifest = None
     if poisoned is not None:
@@ -78,6 +80,19 @@ def _pretrain(step: Step, inputs: Sequence[Value], context: Context) -> Artefact
         _curves("pretrain", history),
         encoder.copy(recipe=m["recipe"], manifest=manifest),
     )
+
+
+def _knn_monitor(data: Dataset, seed: Seed) -> Callable[[ImageEncoder], Mapping[str, float]]:
+    """k-NN accuracy on pre-training images whose labels the log may see; nothing is chosen by it."""
+    rows = torch.randperm(len(data), generator=seed.torch())
+    bank, queries = data.subset(rows[500:2500]), data.subset(rows[:500])
+
+    def accuracy(encoder: ImageEncoder) -> dict[str, float]:
+        head = Knn(k=20).fit_features(features(encoder, bank), bank.labels, data.num_classes, seed)
+        right, total = metrics.accuracy(head(features(encoder, queries)).argmax(1), queries.labels)
+        return {"knn": right / total}
+
+    return accuracy
 
 
 def _references(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:

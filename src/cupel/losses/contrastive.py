@@ -38,8 +38,9 @@ def nt_xent(
         raise ValueError(f"nt_xent needs at least two rows for negatives, got {len(z1)}")
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
-    similarity = (z @ z.T / temperature).fill_diagonal_(float("-inf"))  # k ≠ i
-    n = len(z1)
-    positive = torch.arange(2 * n, device=z.device).roll(n)
-    return F.cross_entropy(similarity, positive)
+    with torch.autocast(z1.device.type, enabled=False):  # mixed precision ends at the projections
+        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
+        similarity = (z @ z.T / temperature).fill_diagonal_(float("-inf"))  # k ≠ i
+        n = len(z1)
+        positive = torch.arange(2 * n, device=z.device).roll(n)
+        return F.cross_entropy(similarity, positive)

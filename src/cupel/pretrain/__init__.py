@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from cupel.encoders import Architecture, ImageEncoder
 from cupel.pretrain.simclr import SimCLR
 from cupel.seeds import Seed
 from cupel.settings import method_name, registry
-from cupel.train import History, Watch, fit
+from cupel.train import History, fit
 from cupel.types import Dataset
 
 __all__ = ["OBJECTIVES", "SimCLR", "pretrain"]
@@ -27,7 +27,7 @@ def pretrain(
     *,
     device: torch.device | str = "cpu",
     checkpoint: Path | None = None,
-    watch: Mapping[str, Watch] | None = None,
+    watch: Callable[[ImageEncoder], Mapping[str, float]] | None = None,
     watch_every: int = 0,
 ) -> tuple[ImageEncoder, History]:
     """Train a fresh encoder on unlabelled images.
@@ -39,7 +39,7 @@ def pretrain(
         seed: Initialisation, order and views.
         device: Where to train.
         checkpoint: Where the state is kept for a resume.
-        watch: Monitors, given the encoder by the caller beforehand, called every `watch_every` steps.
+        watch: Monitor of the encoder, called every `watch_every` steps; for the log alone, nothing is chosen by it.
         watch_every: 0 = never.
 
     Returns:
@@ -57,7 +57,7 @@ def pretrain(
         label=f"pretrain {name}",
         device=device,
         checkpoint=checkpoint,
-        watch=(lambda: {k: v for one in watch.values() for k, v in one().items()}) if watch else None,
+        watch=(lambda: watch(encoder)) if watch else None,
         watch_every=watch_every,
     )
     encoder.module.eval()

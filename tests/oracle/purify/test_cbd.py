@@ -41,7 +41,7 @@ def cnn() -> ImageEncoder:
     with torch.no_grad():  # statistics and affine parts worth changing
         for i, part in enumerate(m for m in encoder.module.modules() if isinstance(m, torch.nn.BatchNorm2d)):
             generator = Seed(i).torch()
-            part.running_mean.normal_(0, 0.1, generator=generator)  # type: ignore[union-attr]
+            part.get_buffer("running_mean").normal_(0, 0.1, generator=generator)
             part.weight.uniform_(0.5, 1.5, generator=generator)
     return encoder
 
@@ -311,7 +311,8 @@ def test_wrong_settings(settings: dict[str, Any], words: str) -> None:
 
 
 def test_presets() -> None:
-    assert {name: PURIFIERS["cbd"].preset(name).mode for name in ("smoke", "standard", "paper")} == {  # type: ignore[attr-defined]
+    cbd: Any = PURIFIERS["cbd"]
+    assert {name: cbd.preset(name).mode for name in ("smoke", "standard", "paper")} == {
         "smoke": "mix", "standard": "mix", "paper": "pgd-linf",
     }  # fmt: skip
     with pytest.raises(UsageError, match="did you mean 'smoke'"):
