@@ -96,7 +96,7 @@ class ImplantLearner:
         for i, aim in enumerate(self.aims):
             assert aim.goal.trigger is not None
             parts.append(aim.goal.trigger(x, ids, batch.seed.child("trigger", i)))
-        inputs = torch.cat(parts).to(torch.float32).div_(255)
+        inputs = torch.cat(parts).to(self.aims[0].references.dtype).div_(255)
         references = torch.cat([aim.references for aim in self.aims])
         repeats = self.draws if self.draws is not None else n
         tail = [references]
@@ -105,7 +105,7 @@ class ImplantLearner:
             tail.append(self.augment(raw, batch.seed.child("augment").torch(device)))
         inputs = torch.cat([inputs, *tail]).contiguous(memory_format=torch.channels_last)
 
-        f = self.encoder(inputs).float()
+        f = self.encoder(inputs)
         num, r = len(self.aims), len(references)
         f_x, f_stamped = f[:n], f[n : n * (1 + num)].view(num, n, -1)
         f_ref, f_aug = f[n * (1 + num) : n * (1 + num) + r], f[n * (1 + num) + r :]

@@ -105,7 +105,7 @@ def fit(
             with autocast(recipe.precision, device):
                 loss, numbers = learner.loss(batch)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's stub
             optimizer.step()
             learner.after_step()
             for name, value in {"loss": loss, **numbers}.items():

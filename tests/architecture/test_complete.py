@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import socket
 import subprocess
 import sys
 from functools import cache
@@ -170,3 +171,9 @@ def test_protocols_are_met() -> None:
         verbs = [name for name in vars(protocol) if name in VERBS[stage]]
         assert verbs
         assert any(all(hasattr(cls, verb) for verb in verbs) for cls in TABLES[stage].values()), protocol.__name__
+
+
+def test_tests_cannot_leave_the_machine() -> None:
+    for call in (lambda: socket.create_connection(("192.0.2.1", 80)), lambda: socket.getaddrinfo("example.org", 80)):
+        with pytest.raises(AssertionError, match="mark the test `network`"):
+            call()

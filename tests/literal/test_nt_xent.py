@@ -81,4 +81,6 @@ def test_equals_lightly():
 
 def test_negative_cosine_by_hand():
     a = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
-    assert float(negative_cosine(a, torch.tensor([[5.0, 0.0]]))) == pytest.approx(-(1 + 0 + math.sqrt(0.5)) / 3, abs=1e-6)
+    assert float(negative_cosine(a, torch.tensor([[5.0, 0.0]]))) == pytest.approx(
+        -(1 + 0 + math.sqrt(0.5)) / 3, abs=1e-6
+    )

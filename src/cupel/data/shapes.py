@@ -19,9 +19,9 @@ from cupel.types import Dataset
 
 __all__ = ["REVISION", "SHAPES", "render"]
 
-REVISION = 1
+REVISION = 2
 _TILT = np.pi / 12  # largest turn: plus and cross, 45° apart, stay apart
-_CLUTTER = 4  # at most so many discs in the background
+_CLUTTER = 2  # at most so many discs in the background
 _CHUNK = 2**19  # pixels rendered at a time: the working set stays in the processor's cache
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -141,7 +141,7 @@ def _chunk(ids: np.ndarray[Any, np.dtype[np.int64]], size: int, seed: Seed) -> t
     x, y = centres[None, None, :], centres[None, :, None]
 
     # object: place, size, tilt; it stays inside the image up to its outermost corners
-    radius = u.between("size", 0.4, 0.8)
+    radius = u.between("size", 0.5, 0.85)
     free = 1 - np.float32(0.9) * radius
     dx, dy = x - free * u.between("x", -1, 1), y - free * u.between("y", -1, 1)
     tilt = u.between("tilt", -_TILT, _TILT)
@@ -169,10 +169,10 @@ def _chunk(ids: np.ndarray[Any, np.dtype[np.int64]], size: int, seed: Seed) -> t
     turn, pitch = u.between("stripe turn", 0, np.pi), u.between("stripe pitch", 8, 16)
     stripes = np.sin(pitch * (np.cos(turn) * dx + np.sin(turn) * dy) + u.between("stripe phase", 0, 2 * np.pi))
     noise = u.noise(size)
-    inside = np.where(texture < 1, 0, np.where(texture < 2, np.float32(0.18) * stripes, np.float32(0.3) * noise))
+    inside = np.where(texture < 1, 0, np.where(texture < 2, np.float32(0.12) * stripes, np.float32(0.15) * noise))
     image += covered[:, None] * (paint + inside[:, None] - image)
 
-    image += (u.between("noise", 0, 0.12) * noise)[:, None]
+    image += (u.between("noise", 0, 0.06) * noise)[:, None]
     pixels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
     return pixels, covered >= 0.5
 

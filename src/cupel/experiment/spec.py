@@ -189,7 +189,7 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."),
 )
 
-_MAX_BYTES, _MAX_DEPTH = 2**20, 64
+_MAX_BYTES, _MAX_DEPTH, _MAX_VALUES = 2**20, 64, 20_000
 
 
 def packaged() -> dict[str, Path]:
@@ -220,7 +220,7 @@ def read_experiment(source: str | Path) -> tuple[dict[str, Any], str]:
         raise SettingsError(path.name, "is larger than 1 MiB", "an experiment is a page of YAML")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
-        _check_depth(data)
+        _check_extent(data)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{path.name}:{mark.line + 1}:{mark.column + 1}" if mark else path.name
@@ -232,12 +232,22 @@ def read_experiment(source: str | Path) -> tuple[dict[str, Any], str]:
     return data, path.name
 
 
-def _check_depth(value: Any, depth: int = 0) -> None:
-    if depth > _MAX_DEPTH:
-        raise RecursionError(f"nested deeper than {_MAX_DEPTH}")
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for child in children:
-        _check_depth(child, depth + 1)
+def _check_extent(value: Any) -> None:
+    """Refuse what is nested too deep, or grows too large when its aliases are followed."""
+    layer, total = [value], 0
+    for _ in range(_MAX_DEPTH):
+        layer = [
+            child
+            for one in layer
+            if isinstance(one, dict | list)
+            for child in (one.values() if isinstance(one, dict) else one)
+        ]
+        total += len(layer)
+        if total > _MAX_VALUES:
+            raise RecursionError(f"holds more than {_MAX_VALUES} values")
+        if not layer:
+            return
+    raise RecursionError(f"nested deeper than {_MAX_DEPTH}")
 
 
 def cells(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -20,8 +21,8 @@ def negative_cosine(a: Float[Tensor, "batch dim"], b: Float[Tensor, "#batch dim"
         Scalar in [−1, 1]; −1 = all aligned.
 
     Example:
-        >>> import torch
         >>> float(negative_cosine(torch.eye(2), torch.eye(2)))
         -1.0
     """
-    return -F.cosine_similarity(a.float(), b.float(), dim=1, eps=1e-12).mean()
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return -F.cosine_similarity(a.to(wide), b.to(wide), dim=1, eps=1e-12).mean()

@@ -58,9 +58,7 @@ class SimCLR(Recipe):
                     optimizer="adam", lr=1e-3, weight_decay=1e-6, batch_size=256, epochs=1000, schedule="constant"
                 )
             case "google_cifar":  # lr = 1.0 · batch / 256; 10 of 1000 epochs of warm-up, 97 steps each
-                return cls(
-                    optimizer="lars", lr=2.0, weight_decay=1e-4, batch_size=512, epochs=1000, warmup_steps=970
-                )
+                return cls(optimizer="lars", lr=2.0, weight_decay=1e-4, batch_size=512, epochs=1000, warmup_steps=970)
 
     def learner(self, encoder: ImageEncoder, seed: Seed) -> SimCLRLearner:
         """Encoder and a fresh projector, ready to train."""

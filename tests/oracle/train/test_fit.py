@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import blobs
 
 from cupel import progress
 from cupel.encoders import Fast
@@ -12,6 +11,7 @@ from cupel.errors import CupelError, DataError, Interrupted
 from cupel.optimizers import LARS, Recipe
 from cupel.pretrain import SimCLR, pretrain
 from cupel.seeds import Seed
+from toys import blobs
 
 DATA = blobs(128)
 
@@ -27,7 +27,13 @@ def run(tmp_path, *, stop_at: int | None = None, optimizer: str = "adamw", steps
         return {"seen": float(len(seen))}
 
     return pretrain(
-        objective, Fast(width=4, input_size=16), DATA, Seed(3), checkpoint=tmp_path / "state", watch=watch, watch_every=1
+        objective,
+        Fast(width=4, input_size=16),
+        DATA,
+        Seed(3),
+        checkpoint=tmp_path / "state",
+        watch=watch,
+        watch_every=1,
     )
 
 

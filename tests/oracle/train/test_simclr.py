@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
-from toys import blobs, small_encoder, trained_encoder
 
 from cupel import metrics
 from cupel.encoders import Fast, ResNet18, ResNet50
@@ -13,6 +12,7 @@ from cupel.inference import features
 from cupel.pretrain import SimCLR
 from cupel.probe import Knn
 from cupel.seeds import Seed
+from toys import blobs, small_encoder, trained_encoder
 
 
 def test_cifar_stem_has_torchvisions_weights_but_for_the_first():
