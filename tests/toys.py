@@ -6,7 +6,7 @@ import torch
 
 from cupel.augment import SimCLRAugment
 from cupel.encoders import Fast, ImageEncoder
-from cupel.pretrain import SimCLR, pretrain
+from cupel.pretrain import SimCLR, pretrain_encoder
 from cupel.seeds import Seed
 from cupel.types import Dataset
 
@@ -35,4 +35,6 @@ def trained_encoder(data: Dataset, steps: int = 60, seed: int = 0, width: int = 
         steps=steps, batch_size=64, lr=3e-3, temperature=0.2, augment=SimCLRAugment(min_scale=0.8, flip=0.0)
     )
     size = int(data.inputs.shape[-1])
-    return pretrain(objective, Fast(width=width, input_size=size), data.without_labels("pretrain"), Seed(seed))[0]
+    return pretrain_encoder(objective, Fast(width=width, input_size=size), data.without_labels("pretrain"), Seed(seed))[
+        0
+    ]

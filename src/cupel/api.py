@@ -7,7 +7,7 @@ from cupel.encoders import ENCODERS, Fast, ImageEncoder, ResNet18, ResNet50
 from cupel.encoders.storage import load_encoder, save_encoder
 from cupel.errors import CupelError
 from cupel.experiment import Experiment, cells, read_experiment, run_cells
-from cupel.pretrain import OBJECTIVES, SimCLR, pretrain
+from cupel.pretrain import OBJECTIVES, SimCLR, pretrain_encoder
 from cupel.probe import PROBES
 from cupel.purify import CBD, PURIFIERS
 from cupel.records import Record
@@ -48,7 +48,7 @@ __all__ = [
     "inspect_file",
     "load",
     "load_encoder",
-    "pretrain",
+    "pretrain_encoder",
     "purify_encoder",
     "read_experiment",
     "run_cells",

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import cupel
-from cupel.data import load
+from cupel.data import load, splits_of
 from cupel.encoders import ENCODERS, Architecture, ImageEncoder
 from cupel.encoders.storage import load_encoder, save_encoder
 from cupel.errors import DataError, SettingsError, UsageError, did_you_mean
@@ -71,7 +71,7 @@ def _encoder(path: str, arch: str | None) -> ImageEncoder:
 
 
 def _images(source: str, encoder: ImageEncoder) -> Dataset:
-    data = load(source, size=encoder.input_size, split="train", limit=None)
+    data = load(source, size=encoder.input_size, split=splits_of(source)[0])
     if len(data) > _MOST_IMAGES:
         rows = torch.randperm(len(data), generator=Seed(0).child("images").torch())[:_MOST_IMAGES]
         data = data.subset(rows.sort().values)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cupel.encoders import Fast
-from cupel.pretrain import pretrain
+from cupel.pretrain import pretrain_encoder
 from cupel.protocols import Batch
 from cupel.seeds import Seed
 from cupel.types import Dataset
@@ -46,8 +46,8 @@ def test_pretrain_needs_no_labels(name: str, cls: Any, images: Dataset) -> None:
     given = images.without_labels(name)
     before = data_print(given)
     architecture = Fast(width=4, input_size=16)
-    made, history = pretrain(tiny(cls), architecture, given, Seed(5))
-    again, _ = pretrain(tiny(cls), architecture, given, Seed(5))
+    made, history = pretrain_encoder(tiny(cls), architecture, given, Seed(5))
+    again, _ = pretrain_encoder(tiny(cls), architecture, given, Seed(5))
     assert data_print(given) == before
     assert same_state(made.module, again.module)
     assert not same_state(made.module, architecture.build(Seed(5).child("init")).module)

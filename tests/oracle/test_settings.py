@@ -64,8 +64,10 @@ def test_parse_builds_nested_methods():
         (
             "attack.lamda_utility",
             1,
-            "e.yaml.attack[attack]: unknown key 'lamda_utility'; did you mean 'lambda_utility'? "
-            "(known: epochs, lambda_utility, trigger)",
+            (
+                "e.yaml.attack[attack]: unknown key 'lamda_utility'; did you mean 'lambda_utility'?"
+                " (known: epochs, lambda_utility, trigger)"
+            ),
         ),
         ("attack.trigger.size", 10.5, "e.yaml.attack[attack].trigger[square].size: expected int, got 10.5 (float)"),
         ("attack.trigger.size", "no", "e.yaml.attack[attack].trigger[square].size: expected int, got 'no' (str)"),

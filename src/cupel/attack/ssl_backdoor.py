@@ -54,8 +54,10 @@ class SSLBackdoor:
 
         Raises:
             UsageError: a goal names no target class, or two name the same; the trigger does not fit into the images.
-            DataError: the target class is absent; the rate selects no image, or every image of the data set.
+            DataError: no goal; the target class is absent; the rate selects no image, or every image of the data set.
         """
+        if not attacker.goals:
+            raise DataError("ssl_backdoor", "the attacker has no goal", "name a target class")
         targets = [goal.target_class for goal in attacker.goals]
         if len(set(targets)) < len(targets):
             raise UsageError("ssl_backdoor", "two goals have the same target class", "give each goal its own")

@@ -21,7 +21,7 @@ from cupel.experiment.images import check_splits, images_of
 from cupel.experiment.plan import Step, file_content
 from cupel.experiment.store import Artefact
 from cupel.inference import features, triggered
-from cupel.pretrain import pretrain
+from cupel.pretrain import pretrain_encoder
 from cupel.probe import Knn, Linear, check_target
 from cupel.protocols import Trigger
 from cupel.seeds import Seed
@@ -61,7 +61,7 @@ def _pretrain(step: Step, inputs: Sequence[Value], context: Context) -> Artefact
     m = step.method
     poisoned = inputs[0] if isinstance(inputs[0], Poisoned) else None
     data = poisoned.data if poisoned else inputs[0]
-    encoder, history = pretrain(
+    encoder, history = pretrain_encoder(
         m["objective"],
         m["encoder"],
         data.without_labels("pretrain"),
@@ -209,7 +209,9 @@ def _purify(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
     evidence: list[Evidence] = [e for one in inputs[2:] for e in scan_evidence(one.values["verdict"], one.arrays)]
     data = images if "labels" in purifier.needs else images.without_labels(type(purifier).__name__)
     made, history = purifier.purify_with_history(encoder, data, step.seed, evidence, checkpoint=context.checkpoint)
-    return Artefact({"evidence": len(evidence)}, _curves("purify", history), made)
+    # the manifest stays: this encoder was backdoored once, and nothing proves that it no longer is
+    source = {**made.card.source, "purified_with": getattr(purifier, "title", type(purifier).__name__)}
+    return Artefact({"evidence": len(evidence)}, _curves("purify", history), made.copy(source=source))
 
 
 def _score(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:

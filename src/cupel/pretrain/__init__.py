@@ -14,12 +14,12 @@ from cupel.settings import method_name, registry
 from cupel.train import History, fit
 from cupel.types import Dataset
 
-__all__ = ["OBJECTIVES", "SimCLR", "pretrain"]
+__all__ = ["OBJECTIVES", "SimCLR", "pretrain_encoder"]
 
 OBJECTIVES: Mapping[str, type] = registry("objectives", {"simclr": SimCLR})
 
 
-def pretrain(
+def pretrain_encoder(
     objective: SimCLR,
     architecture: Architecture,
     data: Dataset,

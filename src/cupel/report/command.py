@@ -28,7 +28,7 @@ def report_command(folders: Sequence[Path], out: Path | None, form: str) -> int:
         return 0
     table = render_table([record for record, _ in cells], form)
     if out is None:
-        print(table)
+        print(table.rstrip())
     else:
         write_text(out, table)
         print(out)

@@ -9,7 +9,7 @@ from cupel import progress
 from cupel.encoders import Fast
 from cupel.errors import CupelError, DataError, Interrupted
 from cupel.optimizers import LARS, Recipe
-from cupel.pretrain import SimCLR, pretrain
+from cupel.pretrain import SimCLR, pretrain_encoder
 from cupel.seeds import Seed
 from toys import blobs
 
@@ -26,7 +26,7 @@ def run(tmp_path, *, stop_at: int | None = None, optimizer: str = "adamw", steps
             progress.request_stop(2)
         return {"seen": float(len(seen))}
 
-    return pretrain(
+    return pretrain_encoder(
         objective,
         Fast(width=4, input_size=16),
         DATA,
@@ -77,18 +77,20 @@ def test_damaged_checkpoint_means_starting_over(tmp_path, damage):
 def test_global_generator_is_left_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    pretrain(SimCLR(steps=2, batch_size=16), Fast(width=4, input_size=16), DATA, Seed(0))
+    pretrain_encoder(SimCLR(steps=2, batch_size=16), Fast(width=4, input_size=16), DATA, Seed(0))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_loss_that_explodes_is_an_error():
     with pytest.raises(CupelError, match="not finite"):
-        pretrain(SimCLR(steps=40, batch_size=16, lr=1e30, optimizer="sgd"), Fast(width=4, input_size=16), DATA, Seed(0))
+        pretrain_encoder(
+            SimCLR(steps=40, batch_size=16, lr=1e30, optimizer="sgd"), Fast(width=4, input_size=16), DATA, Seed(0)
+        )
 
 
 def test_fewer_images_than_a_batch():
     with pytest.raises(DataError, match="one batch needs 4096"):
-        pretrain(SimCLR(steps=2, batch_size=4096), Fast(width=4, input_size=16), DATA, Seed(0))
+        pretrain_encoder(SimCLR(steps=2, batch_size=4096), Fast(width=4, input_size=16), DATA, Seed(0))
 
 
 def test_learning_rate_schedules():

@@ -1,0 +1,209 @@
+"""The commands as a user meets them: exit codes, one line per mistake, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toys import blobs, small_encoder, trained_encoder
+
+from cupel import __version__
+from cupel.cli import main
+from cupel.encoders.storage import save_encoder
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    data = blobs(64)
+    pictures = root / "pictures"
+    pictures.mkdir()
+    for i, pixels in enumerate(data.inputs):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(pictures / f"{i}.png")
+    save_encoder(trained_encoder(data, steps=20), root / "encoder.safetensors")
+    return root
+
+
+def one_line(capsys) -> str:
+    text = capsys.readouterr().err.strip()
+    lines = [line for line in text.splitlines() if line.startswith("cupel: ")]
+    assert "Traceback" not in text
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+def test_version(capsys):
+    assert call("--version") == 0
+    assert capsys.readouterr().out.strip() == f"cupel {__version__}"
+
+
+def test_help_lists_only_commands_that_work(capsys):
+    assert call("--help") == 0
+    out = capsys.readouterr().out
+    for command in ("demo", "inspect", "scan", "purify", "run", "report"):
+        assert command in out
+    for later in ("zoo", "leaderboard", "doctor", "reproduce"):
+        assert later not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["frobnicate"], 4, "frobnicate"),
+        (["scan"], 4, "missing"),
+        (["scan", "x", "--images", "y", "--budget", "huge"], 4, "huge"),
+        (["scan", "{root}/encoder.safetensors", "--images", "{root}/pictures", "--scanner", "decre"], 4, "did you mean 'decree'"),
+        (["scan", "{root}/nowhere.pt", "--images", "{root}/pictures"], 2, "no such file"),
+        (["scan", "{root}/encoder.safetensors", "--images", "{root}/nowhere"], 4, "nowhere"),
+        (["scan", "{root}/empty.pt", "--images", "{root}/pictures"], 2, "empty"),
+        (["scan", "{root}/page.pt", "--images", "{root}/pictures"], 2, "HTML"),
+        (["scan", "{root}/cut.safetensors", "--images", "{root}/pictures"], 2, "cut.safetensors"),
+        (["scan", "{root}/evil.pt", "--images", "{root}/pictures"], 1, "evil.pt"),
+        (["scan", "{root}/encoder.safetensors", "--images", "{root}/void"], 2, "void"),
+        (["scan", "{root}/encoder.safetensors", "--images", "{root}/broken"], 2, "0.png"),
+        (["scan", "{root}/encoder.safetensors", "--images", "{root}/pictures", "--arch", "resnet99"], 4, "resnet99"),
+        (["scan", "{root}/encoder.safetensors", "--images", "{root}/pictures", "--arch", "fast,widht=3"], 4, "did you mean 'width'"),
+        (["purify", "{root}/encoder.safetensors", "--images", "{root}/pictures", "--out", "{root}/x.pt"], 4, ".safetensors"),
+        (["purify", "{root}/encoder.safetensors", "--images", "{root}/pictures", "--out", "{root}/x.safetensors", "--purifier", "cdb"], 4, "did you mean 'cbd'"),
+        (["purify", "{root}/encoder.safetensors", "--images", "{root}/pictures", "--out", "{root}/x.safetensors", "--set", "stps=3"], 4, "did you mean 'steps'"),
+        (["run", "{root}/no.yaml"], 2, "no such file"),
+        (["run", "{root}/typo.yaml"], 4, "did you mean 'upstream'"),
+        (["run", "{root}/method.yaml"], 4, "did you mean 'simclr'"),
+        (["run", "demo-digits", "--set", "attack.stesp=1", "--dry-run"], 4, "did you mean 'steps'"),
+        (["report", "{root}/nowhere"], 2, "no such folder"),
+        (["report", "{root}/void"], 2, "void"),
+        (["demo", "--seed", "-1"], 4, "seed"),
+        (["demo", "--data", "cifar10"], 4, "cifar10"),
+    ],
+)  # fmt: skip
+def test_mistakes(folder, capsys, tmp_path, monkeypatch, arguments, code, says):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch pwned",)
+
+    monkeypatch.chdir(tmp_path)
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "page.pt").write_bytes(b"<!DOCTYPE html><html>quota exceeded</html>")
+    (folder / "cut.safetensors").write_bytes((folder / "encoder.safetensors").read_bytes()[:5000])
+    torch.save({"conv1.weight": torch.zeros(2, 3, 4, 4), "x": Evil()}, folder / "evil.pt")
+    (folder / "void").mkdir(exist_ok=True)
+    (folder / "broken").mkdir(exist_ok=True)
+    (folder / "broken" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    (folder / "typo.yaml").write_text(
+        "name: a\nupstraem: {data: digits}\ndownstream: {data: digits, target_class: 1}\n"
+    )
+    (folder / "method.yaml").write_text(
+        "name: a\nupstream: {data: digits, objective: simclrr}\ndownstream: {data: digits, target_class: 1}\n"
+    )
+    assert call(*(a.format(root=folder) for a in arguments)) == code
+    assert says.lower() in one_line(capsys).lower()
+    assert not list(tmp_path.iterdir())  # nothing written, nothing run
+
+
+def test_inspect_is_clean_or_says_why(folder, capsys):
+    assert call("inspect", folder / "encoder.safetensors") == 0
+    out = capsys.readouterr().out
+    assert "conv1.weight" in out
+    assert call("inspect", folder / "encoder.safetensors", "--format", "json") == 0
+    json.loads(capsys.readouterr().out)
+
+
+def test_scan_then_purify(folder, tmp_path, capsys):
+    arguments = ["--images", folder / "pictures", "--budget", "smoke"]
+    code = call("scan", folder / "encoder.safetensors", *arguments, "--out", tmp_path / "scan")
+    result = json.loads((tmp_path / "scan" / "result.json").read_text())
+    assert result["schema"] == 1
+    assert result["command"] == "scan"
+    verdict = result["verdicts"]["scanned"]
+    assert code == {"clean-by-test": 0, "suspicious": 1, "backdoored": 1, "inconclusive": 3}[verdict["verdict"]]
+    assert "stamps" in verdict["tested"]
+    assert (tmp_path / "scan" / "report.html").stat().st_size > 5000
+    out = capsys.readouterr().out
+    assert verdict["verdict"].upper() in out
+    assert "tested:" in out
+    code = call(
+        "purify", folder / "encoder.safetensors", *arguments, "--out", tmp_path / "clean.safetensors",
+        "--evidence", tmp_path / "scan", "--set", "steps=4", "--set", "batch_size=16",
+    )  # fmt: skip
+    assert code in (0, 1, 3)
+    assert (tmp_path / "clean.safetensors").exists()
+    assert json.loads((tmp_path / "result.json").read_text())["command"] == "purify"
+
+
+def test_too_few_images_is_inconclusive_and_never_0(folder, tmp_path):
+    few = tmp_path / "few"
+    few.mkdir()
+    for i in range(5):
+        (few / f"{i}.png").write_bytes((folder / "pictures" / f"{i}.png").read_bytes())
+    assert call("scan", folder / "encoder.safetensors", "--images", few, "--out", tmp_path / "out") == 3
+
+
+def test_constant_images_are_inconclusive(folder, tmp_path):
+    np.savez(tmp_path / "grey.npz", x=np.full((64, 16, 16, 3), 128, np.uint8), y=np.zeros(64, np.int64))
+    arguments = ["--images", tmp_path / "grey.npz", "--budget", "smoke", "--out", tmp_path / "out"]
+    assert call("scan", folder / "encoder.safetensors", *arguments) == 3
+
+
+def test_output_that_cannot_be_written(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    arguments = ["--images", folder / "pictures", "--budget", "smoke", "--out", tmp_path / "file" / "inside"]
+    assert call("scan", folder / "encoder.safetensors", *arguments) == 2
+    one_line(capsys)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_foreign_checkpoint_needs_no_card(folder, tmp_path):
+    torch.save({"state_dict": small_encoder().module.backbone.state_dict()}, tmp_path / "theirs.pth")
+    arguments = ["--images", folder / "pictures", "--budget", "smoke", "--arch", "fast,width=8,input_size=16"]
+    assert call("scan", tmp_path / "theirs.pth", *arguments, "--out", tmp_path / "out") in (0, 1, 3)
+
+
+def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call("run", "demo-digits", "--dry-run") == 0
+    assert "implant badencoder" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_keeps_a_checkpoint_and_says_how_to_resume(tmp_path, number, code):
+    command = [
+        sys.executable,
+        "-m",
+        "cupel",
+        "run",
+        "demo-digits",
+        "--set",
+        "upstream.objective.steps=100000",
+        "--out",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if "pretrain simclr" in line:  # the first numbers of the loop are out
+            break
+    time.sleep(0.5)
+    process.send_signal(number)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == code, rest
+    assert "resume with: cupel run demo-digits" in rest
+    assert "Traceback" not in rest
+    assert list((tmp_path / "store" / "running").glob("pretrain-*.safetensors"))
+    assert not list(tmp_path.rglob("*.part"))
