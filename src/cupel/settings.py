@@ -144,12 +144,16 @@ def parse(cls: type[T], data: Any, where: str) -> T:
         raise SettingsError(where, f"holds a value that is neither text, number, list nor mapping ({error})") from None
 
 
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+
+
 def reworded(error: pydantic.ValidationError, where: str, cls: type) -> SettingsError:
     """Pydantic's first error as one line: path with the methods' names in brackets, what, what to do."""
     errors = error.errors(include_url=False, include_context=True)
-    first = errors[0]
+    # a misspelt key is reported twice, as unknown and as missing: the unknown one tells more
+    first = min(errors, key=lambda one: one["type"] not in _UNKNOWN)
     kind, given, context = first["type"], first.get("input"), first.get("ctx", {})
-    unknown = kind in ("unexpected_keyword_argument", "extra_forbidden")
+    unknown = kind in _UNKNOWN
     missing = kind in ("missing", "missing_argument", "missing_keyword_only_argument")
     place, known = _locate(cls, first["loc"][:-1] if unknown or missing else first["loc"])
     where = where + place

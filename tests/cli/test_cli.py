@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toys import blobs, small_encoder, trained_encoder
 
 from cupel import __version__
 from cupel.cli import main
 from cupel.encoders.storage import save_encoder
+from toys import blobs, small_encoder, trained_encoder
+
+SCAN = ["scan", "{root}/encoder.safetensors", "--images", "{root}/pictures"]
+PURIFY = ["purify", *SCAN[1:], "--out"]
 
 
 def call(*arguments: object) -> int:
@@ -66,20 +69,20 @@ def test_help_lists_only_commands_that_work(capsys):
         (["frobnicate"], 4, "frobnicate"),
         (["scan"], 4, "missing"),
         (["scan", "x", "--images", "y", "--budget", "huge"], 4, "huge"),
-        (["scan", "{root}/encoder.safetensors", "--images", "{root}/pictures", "--scanner", "decre"], 4, "did you mean 'decree'"),
+        ([*SCAN, "--scanner", "decre"], 4, "did you mean 'decree'"),
         (["scan", "{root}/nowhere.pt", "--images", "{root}/pictures"], 2, "no such file"),
-        (["scan", "{root}/encoder.safetensors", "--images", "{root}/nowhere"], 4, "nowhere"),
+        (["scan", "{root}/encoder.safetensors", "--images", "{root}/nowhere"], 2, "nowhere"),
         (["scan", "{root}/empty.pt", "--images", "{root}/pictures"], 2, "empty"),
-        (["scan", "{root}/page.pt", "--images", "{root}/pictures"], 2, "HTML"),
+        (["scan", "{root}/page.pt", "--images", "{root}/pictures"], 2, "web page"),
         (["scan", "{root}/cut.safetensors", "--images", "{root}/pictures"], 2, "cut.safetensors"),
         (["scan", "{root}/evil.pt", "--images", "{root}/pictures"], 1, "evil.pt"),
         (["scan", "{root}/encoder.safetensors", "--images", "{root}/void"], 2, "void"),
         (["scan", "{root}/encoder.safetensors", "--images", "{root}/broken"], 2, "0.png"),
-        (["scan", "{root}/encoder.safetensors", "--images", "{root}/pictures", "--arch", "resnet99"], 4, "resnet99"),
-        (["scan", "{root}/encoder.safetensors", "--images", "{root}/pictures", "--arch", "fast,widht=3"], 4, "did you mean 'width'"),
-        (["purify", "{root}/encoder.safetensors", "--images", "{root}/pictures", "--out", "{root}/x.pt"], 4, ".safetensors"),
-        (["purify", "{root}/encoder.safetensors", "--images", "{root}/pictures", "--out", "{root}/x.safetensors", "--purifier", "cdb"], 4, "did you mean 'cbd'"),
-        (["purify", "{root}/encoder.safetensors", "--images", "{root}/pictures", "--out", "{root}/x.safetensors", "--set", "stps=3"], 4, "did you mean 'steps'"),
+        ([*SCAN, "--arch", "resnet99"], 4, "resnet99"),
+        ([*SCAN, "--arch", "fast,widht=3"], 4, "did you mean 'width'"),
+        ([*PURIFY, "{root}/x.pt"], 4, ".safetensors"),
+        ([*PURIFY, "{root}/x.safetensors", "--purifier", "cdb"], 4, "did you mean 'cbd'"),
+        ([*PURIFY, "{root}/x.safetensors", "--set", "stps=3"], 4, "did you mean 'steps'"),
         (["run", "{root}/no.yaml"], 2, "no such file"),
         (["run", "{root}/typo.yaml"], 4, "did you mean 'upstream'"),
         (["run", "{root}/method.yaml"], 4, "did you mean 'simclr'"),
@@ -201,7 +204,8 @@ def test_interrupt_keeps_a_checkpoint_and_says_how_to_resume(tmp_path, number, c
             break
     time.sleep(0.5)
     process.send_signal(number)
-    rest = process.stderr.read()
+    with process.stderr:
+        rest = process.stderr.read()
     assert process.wait(timeout=60) == code, rest
     assert "resume with: cupel run demo-digits" in rest
     assert "Traceback" not in rest

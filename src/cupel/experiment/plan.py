@@ -10,11 +10,12 @@ from typing import Any
 
 from cupel import data as sources
 from cupel.attack import ATTACKS
+from cupel.encoders import ENCODERS
 from cupel.errors import SettingsError
 from cupel.experiment.spec import Downstream, Experiment
 from cupel.pretrain import OBJECTIVES
 from cupel.purify import PURIFIERS
-from cupel.scan import SCANNERS
+from cupel.scan import SCANNERS, shipped_reference
 from cupel.seeds import Seed
 from cupel.settings import canonical, digest, method_name
 
@@ -149,8 +150,9 @@ def plan(experiment: Experiment) -> tuple[Step, ...]:
     def scan(which: str) -> None:
         for scanner in experiment.scan:
             name = method_name(scanner, SCANNERS)
+            judged = {"scanner": scanner, "reference": _reference_values(experiment, scanner)}
             inputs = (encoders[which], defender)
-            verdicts.setdefault(which, []).append(add("scan", f"scan {name}: {which}", scanner, *inputs, part="scan"))
+            verdicts.setdefault(which, []).append(add("scan", f"scan {name}: {which}", judged, *inputs, part="scan"))
 
     for which in list(encoders):
         scan(which)
@@ -178,6 +180,13 @@ def task_names(experiment: Experiment) -> list[str]:
     """One name per downstream task: its data set's, with the target where a data set stands twice."""
     names = [d.data for d in experiment.downstream]
     return [d.data if names.count(d.data) == 1 else f"{d.data}-{d.target_class}" for d in experiment.downstream]
+
+
+def _reference_values(experiment: Experiment, scanner: Any) -> dict[str, Any] | None:
+    """The calibration that the verdict is read with: it is part of the key, so a new one makes a new verdict."""
+    architecture = method_name(experiment.upstream.encoder, ENCODERS)
+    found = shipped_reference(scanner.name, architecture, recipe_of(experiment)["id"])
+    return None if found is None else {"scanner": found.scanner, "recipe": found.recipe, "scores": list(found.scores)}
 
 
 def _references(

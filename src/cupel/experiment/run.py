@@ -74,8 +74,7 @@ class Runner:
             made = STAGES[step.stage](step, inputs, Context(self.device, self.store.workspace(step.stage, step.key)))
             artefact = dataclasses.replace(made, seconds=time.monotonic() - start)
             self.store.save(step.stage, step.key, artefact)
-        method = type(step.method).__name__ if dataclasses.is_dataclass(step.method) else step.stage
-        row = {"stage": step.stage, "name": step.name, "method": method, "key": step.key, "cached": cached}
+        row = {"stage": step.stage, "method": step.name, "key": step.key, "cached": cached}
         self.log.append({**row, "seconds": round(artefact.seconds, 3)})
         return artefact
 

@@ -28,8 +28,8 @@ from cupel.seeds import Seed
 from cupel.settings import OneOf, canonical, method_name, parse, settings
 from cupel.train import History
 from cupel.triggers import TRIGGERS
-from cupel.types import Dataset, Evidence, Goal, Knowledge, Poisoned
-from cupel.vet import reference_for, scan_evidence
+from cupel.types import Dataset, Evidence, Goal, Knowledge, Poisoned, Reference
+from cupel.vet import scan_evidence
 
 __all__ = ["STAGES", "Context", "Value", "goals_of"]
 
@@ -194,9 +194,10 @@ def _curves(stage: str, history: History) -> dict[str, np.ndarray[Any, Any]]:
 
 def _scan(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
     encoder, images = inputs[0].encoder, inputs[1]
-    scanner = step.method
+    scanner, known = step.method["scanner"], step.method["reference"]
+    reference = Reference(known["scanner"], known["recipe"], tuple(known["scores"])) if known else None
     data = images if "labels" in scanner.needs else images.without_labels(type(scanner).__name__)
-    verdict = scanner.scan(encoder, data, step.seed, reference_for(scanner, encoder.card))
+    verdict = scanner.scan(encoder, data, step.seed, reference)
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     for i, one in enumerate(verdict.evidence):
         arrays |= {f"inverted/{i}/mask": one.mask, f"inverted/{i}/pattern": one.pattern}

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from cupel.inference import FrozenProbe, features
 from cupel.metrics import check_labels
@@ -84,6 +85,13 @@ def logistic_regression(
     return weight, bias
 
 
+class UnitLength(nn.Module):
+    """Scales each row to length 1."""
+
+    def forward(self, embeddings: Float[Tensor, "row width"]) -> Float[Tensor, "row width"]:
+        return normalize(embeddings, dim=1)
+
+
 @settings
 class Linear:
     """Multinomial logistic regression on standardised embeddings, solved to convergence: our default probe.
@@ -91,6 +99,9 @@ class Linear:
     The problem is convex, so the starting point does not matter; a head seed draws the training rows instead.
 
     Args:
+        normalise: Scale each embedding to unit length before its columns are standardised, as the heads of the attack
+            literature do. Attacks on the cosine leave the length of triggered embeddings free; they can grow many
+            times longer than clean ones, and a head on raw embeddings then answers by length, not by direction.
         l2: Penalty on the weights of standardised columns, l2/2 · ‖W‖² beside the mean cross entropy; ≥ 0.
         subsample: Part of the training rows that a head seed draws, without replacement; in (0, 1].
             At 1 all head seeds agree.
@@ -100,6 +111,7 @@ class Linear:
         augmentation) with columns standardised and a fixed penalty instead of a sweep, which would need more labels.
     """
 
+    normalise: bool = True
     l2: Annotated[float, Field(ge=0)] = 1e-3
     subsample: Annotated[float, Field(gt=0, le=1)] = 0.9
     max_steps: PositiveInt = 200
@@ -120,7 +132,7 @@ class Linear:
         seed: Seed,
         watch: Callable[[nn.Module], object] | None = None,
     ) -> nn.Module:
-        """The head on raw embeddings: one `nn.Linear`, with the standardisation multiplied into it.
+        """The head on raw embeddings: one `nn.Linear` with the standardisation multiplied into it, after `UnitLength`.
 
         Raises:
             DataError: no rows, or rows without label.
@@ -131,6 +143,8 @@ class Linear:
         drawn = torch.randperm(n, generator=seed.child("rows").torch())[: max(1, round(self.subsample * n))]
         rows = drawn.sort().values.to(device)
         x, y = features[rows], labels.to(device)[rows]
+        if self.normalise:
+            x = normalize(x, dim=1)
         mean, inverse = column_scale(x)
         x = x.sub_(mean).mul_(inverse)  # in place: `x` is our own copy
         weight, bias = logistic_regression(x, y, num_classes, self.l2, self.max_steps)
@@ -139,7 +153,7 @@ class Linear:
             unscaled = weight.double() * inverse.double()
             head.weight.copy_(unscaled)
             head.bias.copy_(bias.double() - unscaled @ mean.double())
-        head.eval()
+        made = (nn.Sequential(UnitLength(), head) if self.normalise else head).eval()
         if watch is not None:
-            watch(head)
-        return head
+            watch(made)
+        return made

@@ -248,7 +248,7 @@ def test_data_attack_goes_through_pre_training(tmp_path):
     found = one(attack=attack, purify=[], scan=[])
     (record,) = run_cells(found, tmp_path)
     assert record.status == "done", record.reason
-    assert [s["name"] for s in record.steps if s["stage"] == "pretrain"] == ["pretrain clean", "pretrain backdoored"]
+    assert [s["method"] for s in record.steps if s["stage"] == "pretrain"] == ["pretrain clean", "pretrain backdoored"]
     assert {"attack_success_rate", "attack_success_rate_baseline"} <= set(record.metrics)
     encoders = list((tmp_path / "store" / "pretrain").glob("*/backdoor_manifest.json"))
     assert len(encoders) == 1
