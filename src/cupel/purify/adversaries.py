@@ -91,7 +91,10 @@ def patch_search(
     """
     n = len(x) if num_patches is None else min(num_patches, len(x))
     window = windows(n, x.shape[2], x.shape[3], sides, generator)[:, None].float()
-    start = torch.rand(n, *x.shape[1:], generator=generator, device=x.device) * window
+    noise = torch.rand(n, *x.shape[1:], generator=generator, device=x.device)
+    colour = torch.rand(n, x.shape[1], 1, 1, generator=generator, device=x.device)
+    plain = torch.arange(n, device=x.device).view(-1, 1, 1, 1) % 2 == 0  # real patches are often of one colour
+    start = torch.where(plain, colour, noise) * window
     slot = torch.arange(len(x), device=x.device) % max(n, 1)
     high = window.expand_as(start)
     return Search(1 - window[slot], slot, start, torch.zeros_like(start), high, _rates(x, n, rate))
