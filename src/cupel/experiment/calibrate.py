@@ -13,8 +13,9 @@ from pathlib import Path
 
 import cupel
 from cupel.experiment.plan import plan, recipe_of
+from cupel.experiment.reading import read_experiment
 from cupel.experiment.run import Runner
-from cupel.experiment.spec import Experiment, cells, read_experiment
+from cupel.experiment.spec import Experiment, cells
 from cupel.experiment.store import Store
 from cupel.files import write_json
 from cupel.progress import lines, reporting, say

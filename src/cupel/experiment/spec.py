@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-import importlib.resources
 import itertools
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field
 from torch import Tensor
 
 from cupel.attack import ATTACKS
 from cupel.encoders import ENCODERS, Architecture, Fast
-from cupel.errors import DataError, SettingsError, did_you_mean
+from cupel.errors import SettingsError
+from cupel.experiment.reading import yaml_value
 from cupel.pretrain import OBJECTIVES, SimCLR
 from cupel.probe import PROBES, Linear
 from cupel.protocols import DataAttack, EncoderAttack, Probe, Purifier, Scanner, Trigger
@@ -35,8 +32,6 @@ __all__ = [
     "Shadow",
     "Upstream",
     "cells",
-    "packaged",
-    "read_experiment",
 ]
 
 
@@ -163,93 +158,6 @@ class Experiment:
     paper: Paper | None = None
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and reads `1e-3` as a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key '{key.value}'", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.2: `yes` and `no` are words, `1e-3` is a number
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$"),
-    list("-+0123456789."),
-)
-
-_MAX_BYTES, _MAX_DEPTH, _MAX_VALUES = 2**20, 64, 20_000
-
-
-def packaged() -> dict[str, Path]:
-    """The experiments that ship with Cupel, by name."""
-    root = Path(str(importlib.resources.files("cupel") / "papers"))
-    return {path.stem: path for path in sorted(root.rglob("*.yaml"))}
-
-
-def read_experiment(source: str | Path) -> tuple[dict[str, Any], str]:
-    """The plain content of an experiment file, and its name for errors.
-
-    Args:
-        source: A path, or the name of a packaged experiment.
-
-    Raises:
-        SettingsError: not YAML, too large, too deep, duplicate keys.
-        DataError: no such file.
-    """
-    path = Path(source)
-    if not path.exists():
-        known = packaged()
-        if str(source) not in known:
-            raise DataError(source, "no such file or packaged experiment", did_you_mean(str(source), known))
-        path = known[str(source)]
-    if path.is_dir():
-        raise DataError(path, "is a folder", "give a YAML file")
-    if path.stat().st_size > _MAX_BYTES:
-        raise SettingsError(path.name, "is larger than 1 MiB", "an experiment is a page of YAML")
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
-        _check_extent(data)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{path.name}:{mark.line + 1}:{mark.column + 1}" if mark else path.name
-        raise SettingsError(where, f"is not valid YAML ({error.problem})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise SettingsError(path.name, f"is not valid YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(data, dict):
-        raise SettingsError(path.name, "holds no mapping", "start with `name: …`")
-    return data, path.name
-
-
-def _check_extent(value: Any) -> None:
-    """Refuse what is nested too deep, or grows too large when its aliases are followed."""
-    layer, total = [value], 0
-    for _ in range(_MAX_DEPTH):
-        layer = [
-            child
-            for one in layer
-            if isinstance(one, dict | list)
-            for child in (one.values() if isinstance(one, dict) else one)
-        ]
-        total += len(layer)
-        if total > _MAX_VALUES:
-            raise RecursionError(f"holds more than {_MAX_VALUES} values")
-        if not layer:
-            return
-    raise RecursionError(f"nested deeper than {_MAX_DEPTH}")
-
-
 def cells(
     data: Mapping[str, Any], where: str, changes: Sequence[str] = ()
 ) -> tuple[tuple[dict[str, Any], Experiment], ...]:
@@ -268,10 +176,7 @@ def cells(
         path, sign, text = change.partition("=")
         if not sign:
             raise SettingsError("--set", f"'{change}' has no '='", "write --set key=value")
-        try:
-            _put(plain, path.strip(), yaml.load(text, Loader=_Loader), "--set")  # a SafeLoader
-        except yaml.YAMLError:
-            raise SettingsError("--set", f"the value of '{path}' is not valid YAML") from None
+        _put(plain, path.strip(), yaml_value(text, f"--set {path.strip()}"), "--set")
     grid = plain.pop("grid", None) or {}
     if not isinstance(grid, dict) or not all(isinstance(v, list) and v for v in grid.values()):
         raise SettingsError(f"{where}.grid", "must map dotted paths to lists", "e.g. `attack.trigger.size: [4, 6]`")

@@ -82,6 +82,8 @@ def patch_search(
 ) -> Search:
     """Square windows at random places whose content is free in [0, 1]; outside of them nothing changes.
 
+    Every other patch starts from one random colour, the rest from noise (our choice).
+
     Args:
         x: Clean images in [0, 1].
         sides: Smallest and largest side of a window, as shares of the image's side.
