@@ -20,7 +20,7 @@ from cupel.errors import DataError, SettingsError, UsageError, did_you_mean
 from cupel.experiment import cells, plan, read_experiment, run_cells
 from cupel.experiment.run import cell_name
 from cupel.experiment.store import Store
-from cupel.files import atomic_file, write_json
+from cupel.files import write_arrays, write_json
 from cupel.protocols import Scanner
 from cupel.purify import PURIFIERS
 from cupel.records import Record
@@ -131,8 +131,7 @@ def _evidence_arrays(verdict: Verdict, which: str) -> dict[str, np.ndarray[Any, 
 def _save(record: Record, arrays: dict[str, np.ndarray[Any, Any]], folder: Path) -> Record:
     """Write result.json and evidence.npz."""
     if arrays:
-        with atomic_file(folder / "evidence.npz") as part, part.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # keywords are names of arrays
+        write_arrays(folder / "evidence.npz", arrays)
         record = dataclasses.replace(record, arrays="evidence.npz")
     record.write(folder / "result.json")
     return record

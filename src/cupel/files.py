@@ -8,13 +8,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cupel.errors import CupelError, DataError, MachineError
 
-__all__ = ["atomic_file", "atomic_folder", "read_json", "write_bytes", "write_json", "write_text"]
+__all__ = ["atomic_file", "atomic_folder", "read_json", "write_arrays", "write_bytes", "write_json", "write_text"]
 
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "free some space, or choose another --out"),
@@ -111,6 +111,14 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON atomically. NaN and infinity are refused: a number that is not one must not pass for one."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
+    """Write named arrays as a compressed `.npz`, atomically."""
+    import numpy as np  # the commands that need no arrays do not wait for it
+
+    with atomic_file(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **{name: np.asarray(one) for name, one in arrays.items()})  # type: ignore[arg-type]  # keywords are names of arrays
 
 
 def read_json(path: str | Path) -> Any:

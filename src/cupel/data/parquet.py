@@ -20,7 +20,7 @@ __all__ = ["from_table", "parquet_splits", "read_parquet"]
 
 _IMAGE_NAMES = ("image", "img", "picture", "pixels")
 _LABEL_NAMES = ("label", "labels", "fine_label", "y", "target", "class")
-_TODO = "give a file with a column of encoded images (`image`: bytes, path)"
+_ADVICE = "give a file with a column of encoded images (`image`: bytes, path)"
 
 
 def parquet_splits(folder: Path) -> dict[str, list[Path]]:
@@ -98,7 +98,7 @@ def _columns(schema: Any, features: dict[str, Any], where: object) -> tuple[str,
     """Names of the image column and of the label column."""
     images = _ordered([c for c in schema.names if _holds_bytes(schema.field(c).type)], features, "Image", _IMAGE_NAMES)
     if not images:
-        raise DataError(where, f"holds no images (columns: {', '.join(schema.names)})", _TODO)
+        raise DataError(where, f"holds no images (columns: {', '.join(schema.names)})", _ADVICE)
     named = [c for c in schema.names if c in _LABEL_NAMES or features.get(c, {}).get("_type") == "ClassLabel"]
     labels = _ordered(named, features, "ClassLabel", _LABEL_NAMES)
     return images[0], labels[0] if labels else None

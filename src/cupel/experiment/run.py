@@ -19,7 +19,7 @@ from cupel.experiment.plan import VIRTUAL, Step, file_content, plan, task_names
 from cupel.experiment.spec import Experiment
 from cupel.experiment.stages import STAGES, Context, Value
 from cupel.experiment.store import Artefact, Store
-from cupel.files import atomic_file
+from cupel.files import write_arrays
 from cupel.progress import say
 from cupel.records import Metric, Record
 from cupel.settings import canonical
@@ -211,8 +211,7 @@ def run_cells(
         taken.add(name)
         record, arrays = run_cell(experiment, store, command=command, name=name, device=device)
         if arrays:
-            with atomic_file(out / "cells" / f"{name}.npz") as part, part.open("wb") as file:
-                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # keywords are names of arrays
+            write_arrays(out / "cells" / f"{name}.npz", arrays)
             record = dataclasses.replace(record, arrays=f"{name}.npz")
         record.write(out / "cells" / f"{name}.json")
         records.append(record)

@@ -13,7 +13,7 @@ import numpy as np
 from cupel.encoders import ImageEncoder
 from cupel.encoders.storage import load_encoder, save_encoder
 from cupel.errors import CupelError
-from cupel.files import atomic_folder, read_json, write_json
+from cupel.files import atomic_folder, read_json, write_arrays, write_json
 from cupel.progress import say
 
 __all__ = ["Artefact", "Store"]
@@ -86,7 +86,7 @@ class Store:
             if artefact.encoder is not None:
                 save_encoder(artefact.encoder, part / "encoder.safetensors")
             if artefact.arrays:
-                np.savez_compressed(part / "arrays.npz", **{k: np.asarray(v) for k, v in artefact.arrays.items()})  # type: ignore[arg-type]  # keywords are names of arrays
+                write_arrays(part / "arrays.npz", artefact.arrays)
             note = {
                 "values": artefact.values,
                 "has_arrays": bool(artefact.arrays),
