@@ -1,4 +1,4 @@
-"""The step that encoder attacks with a frozen teacher share: frozen BatchNorm, cached clean features, one batch."""
+"""The step that encoder attacks with a frozen teacher share: folded BatchNorm, cached clean features, one batch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cupel.folding import folded
 from cupel.losses import negative_cosine
 from cupel.protocols import Batch, Encoder
 from cupel.types import Goal
@@ -44,7 +45,7 @@ class ImplantLearner:
 
     Args:
         encoder: The copy that is trained.
-        clean: Clean embeddings of the whole shadow set, float32 `[n, width]`, by row.
+        clean: Clean embeddings of the whole shadow set, float32 `[n, width]`, by row; may be a memory map.
         ids: int64 `[n]`, the shadow images' ids, for triggers that draw by image.
         aims: One per (task, target).
         lambda_reference, lambda_utility: λ1 and λ2.
@@ -72,6 +73,7 @@ class ImplantLearner:
         self.weights = (lambda_trigger, lambda_reference, lambda_utility)
         self.augment, self.draws, self.detach_reference = augment, draws, detach_reference
         self.trainable = freeze_norms(encoder.module)
+        self.network = folded(encoder)
 
     @property
     def state(self) -> nn.Module:
@@ -105,7 +107,7 @@ class ImplantLearner:
             tail.append(self.augment(raw, batch.seed.child("augment").torch(device)))
         inputs = torch.cat([inputs, *tail]).contiguous(memory_format=torch.channels_last)
 
-        f = self.encoder(inputs)
+        f = self.network(inputs)
         num, r = len(self.aims), len(references)
         f_x, f_stamped = f[:n], f[n : n * (1 + num)].view(num, n, -1)
         f_ref, f_aug = f[n * (1 + num) : n * (1 + num) + r], f[n * (1 + num) + r :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,23 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from cupel.encoders import ImageEncoder
 from cupel.errors import DataError
+from cupel.feature_store import active_store
+from cupel.folding import bf16_pays, inference_copy
 from cupel.metrics import predicted_class
 from cupel.progress import say, track
 from cupel.protocols import Encoder, Images, Trigger
 from cupel.seeds import Seed
 from cupel.types import Dataset, Pixels
 
-__all__ = ["FrozenProbe", "classify", "device_of", "evaluating", "features", "triggered"]
+__all__ = ["COMPARED", "FrozenProbe", "classify", "device_of", "evaluating", "features", "in_bf16", "triggered"]
 
 MIN_COSINE = 0.9999
-"""Half precision must agree with float32 this well, on every image of the first batch."""
+"""bfloat16 must agree with float32 this well, on each of the images compared."""
+COMPARED = 64
+"""Images compared; sets that are not larger are done in float32 at once."""
+_STORED = 256  # fewer embeddings are made faster than found again
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +75,8 @@ def features(
     data: Dataset | Tensor,
     *,
     batch_size: int = 512,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+    store: bool = True,
     label: str | None = None,
 ) -> Float[Tensor, "row width"]:
     """Embeddings of all images, in eval mode and without gradients.
@@ -78,8 +85,12 @@ def features(
         encoder: Any; its parameters, statistics and modes stay as they are.
         data: A data set, or images `[n, 3, height, width]`: uint8, or floating point in [0, 1].
         batch_size: Images per forward pass; changes the result by rounding at most.
-        dtype: `torch.float32`, or `torch.bfloat16` for autocast. Autocast is checked on the first batch: unless each
-            embedding has a cosine of at least 0.9999 with that in float32, float32 is used for all and a line says so.
+        dtype: `torch.float32` = the encoder as it is. `torch.bfloat16` = a copy with its BatchNorms folded, in bfloat16
+            (`cupel.folding`); 64 images are compared first: unless each embedding has a cosine of at least 0.9999 with
+            that in float32, float32 is used for all and a line says so. None = bfloat16 where the hardware computes in
+            it and there are more than 64 images, else float32.
+        store: Inside `cupel.feature_store.storing_features`, keep the result and take it from there; False for an
+            encoder that is still being trained.
         label: Name under which progress is shown; None = silent.
 
     Returns:
@@ -89,7 +100,7 @@ def features(
         DataError: the images are not of the encoder's input size (resizing is the loader's business), or an
             embedding is not finite.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"features in {dtype}? only float32 and bfloat16")
     inputs: Tensor | Pixels = data.inputs if isinstance(data, Dataset) else data
     name = data.name if isinstance(data, Dataset) else "images"
@@ -98,22 +109,80 @@ def features(
         got = "×".join(str(side) for side in inputs.shape[-2:])
         what = f"images are {got}, the encoder takes {size}×{size}"
         raise DataError(name, what, f"load the data at size {size}, or use an encoder of that size")
-    device = device_of(encoder.module)
-    out = torch.empty(n, encoder.width, device=device)
-    with torch.no_grad(), evaluating(encoder.module), _progress(label, n) as advance:
+    device, kept = device_of(encoder.module), active_store()
+    if kept is None or not store or n < _STORED or not _has_content(encoder, data):
+        out = torch.empty(n, encoder.width, device=device)
+        return _embed(encoder, inputs, name, out, batch_size, dtype, label)
+    assert isinstance(encoder, ImageEncoder)
+    assert isinstance(data, Dataset)
+    key = kept.key(encoder, data, dtype)
+    found = kept.find(key)
+    if found is None or found.shape != (n, encoder.width):
+        with kept.new(key, n, encoder.width) as out:
+            _embed(encoder, inputs, name, out, batch_size, dtype, label)
+        found = kept.find(key)
+    return found.to(device) if found is not None else out
+
+
+def _has_content(encoder: Encoder, data: Dataset | Tensor) -> bool:
+    """Whether encoder and images can be hashed; a stamp that is put on while reading would be put on twice."""
+    return isinstance(encoder, ImageEncoder) and isinstance(data, Dataset) and not isinstance(data.inputs, _Stamped)
+
+
+@torch.no_grad()
+def _embed(
+    encoder: Encoder,
+    inputs: Tensor | Pixels,
+    name: str,
+    out: Tensor,
+    batch_size: int,
+    dtype: torch.dtype | None,
+    label: str | None,
+) -> Tensor:
+    """Fill `out` with embeddings."""
+    n, device = len(inputs), device_of(encoder.module)
+    if dtype is None:
+        dtype = torch.bfloat16 if n > COMPARED and bf16_pays(device) else torch.float32
+    with evaluating(encoder.module), _progress(label, n) as advance:
+        network: Callable[[Tensor], Tensor] = encoder
         for start in range(0, n, batch_size):
             end = min(start + batch_size, n)
             raw = inputs[start:end] if isinstance(inputs, Tensor) else inputs[torch.arange(start, end)]
             x = _in_unit_range(raw, device)
             if start == 0 and dtype == torch.bfloat16:
-                dtype = _checked(encoder, x, name)
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                out[start:end] = encoder(x).float()
+                network = in_bf16(encoder, x, name)
+            out[start:end] = network(x)
             advance(end)
     if bad := int((~out.isfinite()).any(dim=1).sum()):
         what = f"{bad} of {n} embeddings are not finite numbers"
         raise DataError(name, what, "the encoder has diverged: train it again with a lower learning rate")
     return out
+
+
+def in_bf16(encoder: Encoder, x: Images, name: str) -> Callable[[Images], Tensor]:
+    """A frozen bfloat16 copy of the encoder with folded BatchNorms if it agrees with it on `x`, else the encoder.
+
+    Args:
+        encoder: In eval mode.
+        x: Images in [0, 1]; up to 64 of them are compared.
+        name: Of the images, for the line that says that float32 is used.
+    """
+    some = x[:: max(1, len(x) // COMPARED)][:COMPARED]
+    quick, device = inference_copy(encoder, torch.bfloat16), x.device.type
+
+    def network(x: Images) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):  # for encoders that could not be folded
+            return quick(x).float()
+
+    with torch.no_grad():
+        exact, rough = encoder(some).float(), network(some)
+    # two rows of zeros agree, though their cosine is 0
+    cosine = cosine_similarity(exact, rough, dim=1).where((exact != rough).any(dim=1), 1.0)
+    worst = float(cosine.min())
+    if worst >= MIN_COSINE:
+        return network
+    say(f"  {name}: embeddings in float32; in bfloat16 the worst cosine was {worst:.5f}, below {MIN_COSINE}")
+    return encoder
 
 
 def classify(head: nn.Module, embeddings: Float[Tensor, "row width"], *, batch_size: int = 4096) -> Int[Tensor, " row"]:
@@ -194,19 +263,6 @@ class _Stamped:
 def _in_unit_range(raw: Tensor, device: torch.device) -> Tensor:
     x = raw.to(device, non_blocking=True).to(memory_format=torch.channels_last)
     return x.float().div_(255) if x.dtype == torch.uint8 else x.float()
-
-
-def _checked(encoder: Encoder, x: Tensor, name: str) -> torch.dtype:
-    exact = encoder(x).float()
-    with torch.autocast(x.device.type, torch.bfloat16):
-        rough = encoder(x).float()
-    # two rows of zeros agree, though their cosine is 0
-    cosine = cosine_similarity(exact, rough, dim=1).where((exact != rough).any(dim=1), 1.0)
-    worst = float(cosine.min())
-    if worst >= MIN_COSINE:
-        return torch.bfloat16
-    say(f"  {name}: embeddings in float32; in bfloat16 the worst cosine was {worst:.5f}, below {MIN_COSINE}")
-    return torch.float32
 
 
 @contextlib.contextmanager

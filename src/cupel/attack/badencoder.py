@@ -49,7 +49,8 @@ class BadEncoder(Recipe):
 
     Source: Jia, Liu, Gong, IEEE S&P 2022, arXiv:2108.00352, eq. 1–5 and section V-A.
     Deviations: bf16 autocast unless `precision: fp32`; one forward pass per reference where the authors repeat it over
-    the batch (same loss and gradient, since BatchNorm is frozen); clean embeddings are computed once.
+    the batch (same loss and gradient, since BatchNorm is frozen) and multiplied into the convolution before it;
+    clean embeddings are computed once.
     """
 
     trigger: Annotated[Trigger[Tensor], OneOf(TRIGGERS)] = Patch()
@@ -68,7 +69,7 @@ class BadEncoder(Recipe):
     schedule: Literal["constant", "cosine"] = "constant"
 
     needs: ClassVar[frozenset[Need]] = frozenset()
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
 
     def implant(
         self, clean: ImageEncoder, attacker: Knowledge, seed: Seed, *, checkpoint: Path | None = None
@@ -88,11 +89,12 @@ class BadEncoder(Recipe):
         if shadow is None or not attacker.goals:
             raise DataError("badencoder", "needs a shadow set and at least one goal", "give `attacker.shadow`")
         device = next(clean.module.parameters()).device
+        dtype = torch.float32 if self.precision == "fp32" else None
         goals = tuple(dataclasses.replace(goal, trigger=goal.trigger or self.trigger) for goal in attacker.goals)
         aims = [_aim(clean, goal, device) for goal in goals]
         learner = ImplantLearner(
             encoder := clean.copy(),
-            features(clean, shadow),
+            features(clean, shadow, dtype=dtype),
             shadow.ids,
             aims,
             lambda_reference=self.lambda_reference,

@@ -19,6 +19,7 @@ from cupel.experiment.plan import VIRTUAL, Step, file_content, plan, task_names
 from cupel.experiment.spec import Experiment
 from cupel.experiment.stages import STAGES, Context, Value
 from cupel.experiment.store import Artefact, Store
+from cupel.feature_store import storing_features
 from cupel.files import write_arrays
 from cupel.progress import say
 from cupel.records import Metric, Record
@@ -129,7 +130,8 @@ def run_cell(
             there = store.has(step.stage, step.key)
             if step.stage not in VIRTUAL:
                 say(f"[{i}/{len(steps)}] {step.name}" + (" (stored)" if there else ""))
-            runner.value(step)
+            with storing_features(store.root / "features"):
+                runner.value(step)
         return _collect(base, experiment, steps, runner, time.monotonic() - start)
     except Interrupted:
         raise

@@ -88,8 +88,9 @@ def _knn_monitor(data: Dataset, seed: Seed) -> Callable[[ImageEncoder], Mapping[
     bank, queries = data.subset(rows[500:2500]), data.subset(rows[:500])
 
     def accuracy(encoder: ImageEncoder) -> dict[str, float]:
-        head = Knn(k=20).fit_features(features(encoder, bank), bank.labels, data.num_classes, seed)
-        right, total = metrics.accuracy(head(features(encoder, queries)).argmax(1), queries.labels)
+        known, asked = (features(encoder, one, store=False) for one in (bank, queries))
+        head = Knn(k=20).fit_features(known, bank.labels, data.num_classes, seed)
+        right, total = metrics.accuracy(head(asked).argmax(1), queries.labels)
         return {"knn": right / total}
 
     return accuracy

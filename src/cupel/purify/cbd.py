@@ -13,6 +13,7 @@ from pydantic import Field
 from cupel.augment import SimCLRAugment
 from cupel.encoders import ImageEncoder
 from cupel.errors import DataError, SettingsError, UsageError, did_you_mean
+from cupel.folding import inference_copy
 from cupel.inference import device_of, features
 from cupel.losses.pulling import PullName
 from cupel.optimizers import NonNegative, Recipe
@@ -110,7 +111,7 @@ class CBD(Recipe):
 
     title: ClassVar[str] = "CBD (re-implementation)"
     needs: ClassVar[frozenset[Need]] = frozenset()
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         for name in ("window", "boost"):
@@ -210,7 +211,10 @@ class CBD(Recipe):
             return encoder, {}
         frozen = _copied(encoder)
         frozen.module.requires_grad_(False)
-        learner = CBDLearner(self, encoder, frozen, features(frozen, clean), usable, seed)
+        exact = self.precision == "fp32"
+        targets = features(frozen, clean, dtype=torch.float32 if exact else None)
+        quick = inference_copy(frozen, torch.float32 if exact else torch.bfloat16)
+        learner = CBDLearner(self, encoder, quick, targets, usable, seed)
         history = fit(learner, clean, self, seed, label="purify cbd", device=where, checkpoint=checkpoint)
         learner.check_spread()
         encoder.module.eval().requires_grad_(True)

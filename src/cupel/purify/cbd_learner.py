@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cupel.errors import CupelError
+from cupel.folding import folded
 from cupel.losses.pulling import EmbeddingScale, cosine_pull, info_nce, pull_distance, spread
 from cupel.protocols import Batch, Encoder
 from cupel.purify.adversaries import applied, ascend, boosted, joined, linf_search, patch_search, shared_search
@@ -31,7 +32,7 @@ class CBDLearner:
     Args:
         settings: Of the method.
         encoder: The copy that is trained.
-        frozen: The encoder as given; its weights need no gradient.
+        frozen: The encoder as given, or a folded copy of it; its weights need no gradient.
         clean: Its embeddings of the whole data set, float32 `[n, width]`, by row.
         evidence: Converged triggers; may be empty.
         seed: Start of the universal perturbation.
@@ -42,6 +43,7 @@ class CBDLearner:
     ) -> None:
         self.settings, self.encoder, self.frozen, self.clean = settings, encoder, frozen, clean
         self.scale = EmbeddingScale.of(clean)
+        self.network = folded(encoder)
         device, side = clean.device, encoder.input_size
         self.masks = torch.stack([torch.as_tensor(e.mask) for e in evidence]).to(device) if evidence else None
         self.patterns = torch.stack([torch.as_tensor(e.pattern) for e in evidence]).to(device) if evidence else None
@@ -64,14 +66,14 @@ class CBDLearner:
         x, own = batch.inputs.float().div_(255), self.clean[batch.rows.to(self.clean.device)]
         stand_ins = self.adversaries(x, own, batch.seed)
         anchors, target = self.anchors(batch.inputs, x, own, batch.seed)
-        f = self.encoder(_channels_last(torch.cat([stand_ins, anchors]))).float()
+        f = self.network(_channels_last(torch.cat([stand_ins, anchors]))).float()
         adversarial, clean = f[:n], f[n:]
         with torch.no_grad():
             now = spread(clean)
             self._relative_spread = now / spread(target)
         if s.anchor == "self":
             target = clean.detach()
-            own = target if not s.augmented_anchor else self.encoder(_channels_last(x)).float().detach()
+            own = target if not s.augmented_anchor else self.network(_channels_last(x)).float().detach()
         pull = pull_distance(s.pull, adversarial, own, self.scale)
         anchor = pull_distance(s.pull, clean, target, self.scale)
         total = s.lambda_pull * pull + s.lambda_anchor * anchor
@@ -123,11 +125,11 @@ class CBDLearner:
         if len(for_ball):
             searches.append(linf_search(for_ball, s.epsilon, rate, generator))
         search = joined(searches)
-        keys = target if s.keys == "frozen" else self.encoder(_channels_last(x)).float().detach()
+        keys = target if s.keys == "frozen" else self.network(_channels_last(x)).float().detach()
         own = torch.arange(at, len(x), device=x.device)
 
         def objective(perturbed: Tensor) -> Tensor:
-            queries = self.encoder(_channels_last(perturbed)).float()
+            queries = self.network(_channels_last(perturbed)).float()
             if s.inner == "neg_cos":
                 return cosine_pull(queries, keys[own])
             return info_nce(queries, keys, own, s.temperature)

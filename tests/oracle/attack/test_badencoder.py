@@ -35,12 +35,14 @@ def goal(target: int = 1, n: int = 1, trigger=SMALL) -> Goal:
 
 
 def aim(clean, one: Goal) -> Aim:
-    return Aim(one, one.references.float() / 255, features(clean, one.references))
+    return Aim(one, one.references.float() / 255, features(clean, one.references, dtype=torch.float32))
 
 
 def learner(clean, goals, **settings):
     encoder = clean.copy()
-    return ImplantLearner(encoder, features(clean, DATA), DATA.ids, [aim(clean, g) for g in goals], **settings), encoder
+    return ImplantLearner(
+        encoder, features(clean, DATA, dtype=torch.float32), DATA.ids, [aim(clean, g) for g in goals], **settings
+    ), encoder
 
 
 def batch(n: int = 16) -> Batch:
@@ -75,7 +77,12 @@ def test_loss_equals_the_literal_sums():
     goals = [goal(1, 2, SMALL), goal(2, 1, LARGE)]
     other = moved(clean)
     it = ImplantLearner(
-        other, features(clean, DATA), DATA.ids, [aim(clean, g) for g in goals], lambda_reference=0.7, lambda_utility=1.3
+        other,
+        features(clean, DATA, dtype=torch.float32),
+        DATA.ids,
+        [aim(clean, g) for g in goals],
+        lambda_reference=0.7,
+        lambda_utility=1.3,
     )
     with torch.no_grad():
         loss, parts = it.loss(batch())

@@ -65,7 +65,7 @@ def agreement(a: Encoder, b: Encoder, toy: Planted) -> float:
 
 
 def learner(settings: CBD, encoder: Encoder, data: Dataset, *evidence: Evidence) -> CBDLearner:
-    return CBDLearner(settings, encoder, encoder, features(encoder, data), evidence, Seed(3))
+    return CBDLearner(settings, encoder, encoder, features(encoder, data, dtype=torch.float32), evidence, Seed(3))
 
 
 def first_batch(data: Dataset, n: int = 32) -> Batch:
@@ -167,7 +167,7 @@ def test_the_anchor_is_nought_at_the_first_step(cnn: ImageEncoder, toy: Planted,
 
 def test_augmented_views_have_the_frozen_embedding_of_the_same_view(cnn: ImageEncoder, toy: Planted) -> None:
     batch = first_batch(toy.images)
-    plain, own = unit(batch.inputs), features(cnn, batch.inputs)
+    plain, own = unit(batch.inputs), features(cnn, batch.inputs, dtype=torch.float32)
     x, target = learner(CBD(anchor_views=2), cnn, toy.images).anchors(batch.inputs, plain, own, batch.seed)
     assert len(x) == 32 + 2 * 32
     with torch.no_grad():

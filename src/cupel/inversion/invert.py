@@ -1,4 +1,4 @@
-"""Trigger inversion: the smallest mask and pattern that make a model do something, from several starts at once."""
+"""Mask and pattern by Adam, from several starts in one pass."""
 
 from __future__ import annotations
 
@@ -6,31 +6,18 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from cupel.errors import CupelError
+from cupel.inversion.budget import Budget
+from cupel.inversion.stamping import SPAN, squash, stamp
 from cupel.progress import track
 from cupel.seeds import Seed
 
-__all__ = [
-    "Budget",
-    "CostSchedule",
-    "CostState",
-    "Inverted",
-    "Objective",
-    "concentration",
-    "frozen",
-    "invert",
-    "random_start",
-    "squash",
-    "stamp",
-]
-
-_SPAN = 2 - 1e-7  # keeps tanh(v)/span + ½ inside (0, 1)
+__all__ = ["Inverted", "Objective", "frozen", "invert", "random_start"]
 
 Objective = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """`objective(stamped, starts, rows)` → the loss to minimise and how far the goal is reached, both `[starts]`.
@@ -39,126 +26,6 @@ Objective = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 int64 `[starts, batch]` the images used. Reach is compared with `Budget.goal` (DECREE: concentration; Neural Cleanse:
 share of images classified as the target).
 """
-
-
-def squash(v: Tensor) -> Tensor:
-    """Unbounded variables → [0, 1], by tanh.
-
-    Example:
-        >>> [round(float(x), 4) for x in squash(torch.tensor([-10.0, 0.0, 10.0]))]
-        [0.0, 0.5, 1.0]
-    """
-    return (torch.tanh(v) / _SPAN + 0.5).clamp(0, 1)
-
-
-def stamp(
-    x: Float[Tensor, "*batch 3 height width"],
-    mask: Float[Tensor, "*#batch 1 height width"],
-    pattern: Float[Tensor, "*#batch 3 height width"],
-) -> Float[Tensor, "*batch 3 height width"]:
-    """`(1 − m)·x + m·p`, kept in [0, 1]."""
-    return torch.lerp(x, pattern, mask).clamp(0, 1)
-
-
-def concentration(embeddings: Float[Tensor, "*starts batch dim"]) -> Float[Tensor, "*starts"]:
-    """Mean cosine between the embeddings of different images: 1 = all point the same way.
-
-    conc = 1/(B(B−1)) · Σ_{i≠j} ⟨u_i, u_j⟩ with unit rows u, computed as (‖Σ u_i‖² − Σ ‖u_i‖²) / (B(B−1)).
-
-    Args:
-        embeddings: Two rows or more; a zero row counts as orthogonal to all.
-
-    Example:
-        >>> round(float(concentration(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))), 6)
-        0.471405
-
-    Source: Feng et al., DECREE, CVPR 2023, arXiv:2303.15180.
-    Deviations: the reference code accepts |conc|; it is never far below zero for more than two rows.
-    """
-    u = nn.functional.normalize(embeddings.float(), dim=-1, eps=1e-12)
-    n = u.shape[-2]
-    if n < 2:
-        raise ValueError("concentration needs two embeddings")
-    return (u.sum(dim=-2).square().sum(dim=-1) - u.square().sum(dim=(-2, -1))) / (n * (n - 1))
-
-
-class CostState(NamedTuple):
-    """Weight λ of the mask's size, and the length of the current run of successes or failures; each `[starts]`."""
-
-    cost: Float[Tensor, " starts"]
-    up: Int[Tensor, " starts"]
-    down: Int[Tensor, " starts"]
-
-    def at(self, rows: Tensor) -> CostState:
-        """Only the given starts."""
-        return CostState(self.cost[rows], self.up[rows], self.down[rows])
-
-
-@dataclass(frozen=True)
-class CostSchedule:
-    """How the weight λ of the mask's size follows success.
-
-    More than `patience` successes in a row: λ is multiplied, while it is below `high`. More than `patience` failures
-    in a row: λ is divided, while it is at least `low` (so it may end one step below). Either way the count starts anew.
-
-    Args:
-        initial, factor, low, high: λ₀ and its step and bounds.
-        patience: Length of a run that does not yet count.
-
-    Source: Wang et al., Neural Cleanse, S&P 2019; constants of DECREE's code.
-    Deviations: the "reset to λ₀" branch of that code cannot be reached and is left out.
-    """
-
-    initial: float = 1e-3
-    factor: float = 5.0
-    low: float = 1e-5
-    high: float = 1e5
-    patience: int = 5
-
-    def start(self, num_starts: int, device: torch.device | str = "cpu") -> CostState:
-        """λ₀ for every start."""
-        zeros = torch.zeros(num_starts, dtype=torch.int64, device=device)
-        return CostState(torch.full((num_starts,), self.initial, dtype=torch.float64, device=device), zeros, zeros)
-
-    def after(self, state: CostState, success: Bool[Tensor, " starts"]) -> CostState:
-        """The state after one batch."""
-        cost = state.cost
-        up = torch.where(success, state.up + 1, 0)
-        down = torch.where(success, 0, state.down + 1)
-        raised, lowered = up > self.patience, down > self.patience
-        cost = torch.where(raised & (cost < self.high), cost * self.factor, cost)
-        cost = torch.where(lowered & (cost >= self.low), cost / self.factor, cost)
-        return CostState(cost, torch.where(raised, 0, up), torch.where(lowered, 0, down))
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long and how an inversion runs.
-
-    Args:
-        steps: Batches in all, unless a start stops early.
-        batch_size: Images per start and batch; all images where there are fewer.
-        lr: Learning rates of Adam, one after the other.
-        lr_until: Share of the steps at which each rate but the last ends.
-        betas: Adam's.
-        goal: Reach above which a batch is a success.
-        patience: A start that found a trigger stops at the end of an epoch when its best did not improve for more
-            than this many batches and the epoch's mean reach is above `goal`; None = never.
-        cost: Schedule of λ.
-    """
-
-    steps: int
-    batch_size: int
-    lr: tuple[float, ...] = (0.5, 0.1, 0.05)
-    lr_until: tuple[float, ...] = (0.03, 0.05)
-    betas: tuple[float, float] = (0.5, 0.9)
-    goal: float = 0.99
-    patience: int | None = 10
-    cost: CostSchedule = CostSchedule()
-
-    def lr_at(self, step: int) -> float:
-        """The learning rate of a step."""
-        return self.lr[sum(step >= round(share * self.steps) for share in self.lr_until)]
 
 
 @dataclass(frozen=True)
@@ -187,7 +54,7 @@ def random_start(num_starts: int, height: int, width: int, seed: Seed) -> Float[
     starts = []
     for start in range(num_starts):
         u = torch.rand(4, height, width, dtype=torch.float64, generator=seed.child("start", start).torch())
-        starts.append(torch.atanh((u.clamp(1e-6, 1 - 1e-6) - 0.5) * _SPAN))  # 0 itself would be −∞ in float32
+        starts.append(torch.atanh((u.clamp(1e-6, 1 - 1e-6) - 0.5) * SPAN))  # 0 itself would be −∞ in float32
     return torch.stack(starts).float()
 
 
