@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, one_hot
 
 from cupel.inference import FrozenProbe, features
 from cupel.metrics import check_labels
@@ -56,28 +56,29 @@ def logistic_regression(
         max_steps: Bound of the L-BFGS steps.
         tolerance: Stop when no entry of the gradient is larger.
     """
+    n, wide = len(y), torch.float64  # the terms of the loss nearly cancel, and the line search compares its values
     weight, bias = x.new_zeros(num_classes, x.shape[1]), x.new_zeros(num_classes)
     weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
-    rows = torch.arange(len(y), device=y.device)
+    share = one_hot(y, num_classes).to(x.dtype).div_(n)
+    sum_x, sum_1 = share.T @ x, share.sum(0)  # what the true classes add to the loss is linear: summed once
     solver = torch.optim.LBFGS(
         [weight, bias],
         max_iter=max_steps,
-        history_size=10,
+        history_size=20,
         line_search_fn="strong_wolfe",
         tolerance_grad=tolerance,
-        tolerance_change=1e-9,  # below float32's resolution of a loss near 1
+        tolerance_change=1e-11,
     )
 
     def objective() -> float:
-        log_p = torch.addmm(bias, x, weight.T).log_softmax(1)
-        loss = l2 / 2 * weight.square().sum() - log_p[rows, y].mean()
-        residual = (
-            log_p.exp_()
-        )  # ∂loss/∂logits · rows = p − one_hot(y); by hand, a third of autograd's time on two cores
-        residual[rows, y] -= 1
-        residual /= len(y)
-        weight.grad = residual.T @ x + l2 * weight
-        bias.grad = residual.sum(0)
+        """mean logsumexp − Σ weight · sum_x − Σ bias · sum_1 + penalty; its gradient by hand, in two passes over x."""
+        logits = torch.addmm(bias, x, weight.T)
+        log_sum = logits.logsumexp(1, keepdim=True)
+        parts = (log_sum.mean(dtype=wide), -(weight * sum_x).sum(dtype=wide), -(bias * sum_1).sum(dtype=wide))
+        loss = sum(parts) + l2 / 2 * weight.square().sum(dtype=wide)
+        p = logits.sub_(log_sum).exp_()
+        weight.grad = torch.addmm(l2 * weight - sum_x, p.T, x, alpha=1 / n)
+        bias.grad = p.sum(0) / n - sum_1
         return float(loss)
 
     with torch.no_grad():
@@ -117,7 +118,7 @@ class Linear:
     max_steps: PositiveInt = 200
 
     needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
 
     def fit(self, encoder: Encoder, train: Dataset, seed: Seed) -> FrozenProbe:
         """Fit on the embeddings of `train`."""
