@@ -22,11 +22,11 @@ def crop_boxes(
     ratio: tuple[float, float],
     generator: torch.Generator,
 ) -> Float[Tensor, "n 4"]:
-    """One random box per image: left, top, width, height, in pixels and fractions of pixels.
+    """One random box per image: left, top, width, height, in whole pixels.
 
     The area is uniform in `scale` (as a share of the image), the logarithm of width / height uniform in that of
-    `ratio`; pairs that do not fit are drawn again. After ten misses, which a square image with a ratio of 3/4–4/3
-    meets once in 10⁸ draws, the whole image is taken.
+    `ratio`; sides are rounded; pairs that do not fit are drawn again. After ten misses, which a square image with a
+    ratio of 3/4–4/3 meets once in 10⁸ draws, the largest centred box of an allowed ratio is taken.
 
     Args:
         n: Number of images.
@@ -36,18 +36,22 @@ def crop_boxes(
         generator: Source of randomness; the boxes are on its device.
 
     Source: the procedure of Szegedy et al., arXiv:1409.4842, as torchvision's RandomResizedCrop has it.
-    Deviations: boxes are not rounded to whole pixels, so no area is below `scale[0]`; torchvision falls back to the
-    largest centred box of the nearest ratio.
     """
     area, log_ratio, left, top = torch.rand(4, _TRIES, n, generator=generator, device=generator.device)
     area = (scale[0] + (scale[1] - scale[0]) * area) * (height * width)
     shape = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * log_ratio)
-    w, h = (area * shape).sqrt(), (area / shape).sqrt()
-    fits = (w <= width) & (h <= height)
+    w, h = (area * shape).sqrt().round(), (area / shape).sqrt().round()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.int().argmax(dim=0, keepdim=True)
     fits, w, h = (one.gather(0, first)[0] for one in (fits, w, h))
-    w, h = torch.where(fits, w, float(width)), torch.where(fits, h, float(height))
-    return torch.stack([left[0] * (width - w), top[0] * (height - h), w, h], dim=1)
+    last_w = min(width, round(height * ratio[1]))
+    last_h = min(height, round(width / ratio[0]))
+    w, h = torch.where(fits, w, float(last_w)), torch.where(fits, h, float(last_h))
+    # a product with a number just below 1 can round up to the next pixel
+    left = torch.minimum((left[0] * (width - w + 1)).floor(), width - w)
+    top = torch.minimum((top[0] * (height - h + 1)).floor(), height - h)
+    left, top = torch.where(fits, left, float((width - last_w) // 2)), torch.where(fits, top, (height - last_h) // 2)
+    return torch.stack([left, top, w, h], dim=1)
 
 
 def resample(
@@ -61,16 +65,19 @@ def resample(
         flip: Which to mirror left to right.
         size: Height and width of the result.
 
-    Deviations from cropping first and resizing after: near the border of a box the interpolation sees pixels just
-    outside of it where the image has them; there is no antialiasing when it shrinks.
+    Boxes of whole pixels, smaller than `size`, come out as if they had been cut out and enlarged; pixels outside of a
+    box are not seen. Deviation: no antialiasing where a box is larger than `size`.
     """
     height, width = x.shape[2:]
     left, top, w, h = boxes.unbind(dim=1)
     u, v = ((torch.arange(side, device=x.device) * 2 + 1) / side - 1 for side in (size[1], size[0]))  # pixel centres
-    half = torch.where(flip, -w, w) / width
+    half_w, half_h = (w / width)[:, None], (h / height)[:, None]
+    inner_w, inner_h = half_w - 1 / width, half_h - 1 / height  # from the box's middle to its outermost pixel centres
+    u = torch.clamp(u * torch.where(flip[:, None], -half_w, half_w), -inner_w, inner_w)
+    v = torch.clamp(v * half_h, -inner_h, inner_h)
     grid = torch.empty(len(x), size[0], size[1], 2, device=x.device)
-    grid[..., 0] = (u * half[:, None] + ((2 * left + w) / width - 1)[:, None])[:, None, :]
-    grid[..., 1] = (v * (h / height)[:, None] + ((2 * top + h) / height - 1)[:, None])[:, :, None]
+    grid[..., 0] = (u + ((2 * left + w) / width - 1)[:, None])[:, None, :]
+    grid[..., 1] = (v + ((2 * top + h) / height - 1)[:, None])[:, :, None]
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

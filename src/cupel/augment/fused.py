@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cupel.augment.colour import Jitter, recolour
 from cupel.augment.crop import crop_boxes, flipped, resample
+from cupel.augment.exact import one_by_one
 from cupel.errors import SettingsError
 from cupel.settings import Fraction, Positive, PositiveInt, settings
 
@@ -45,12 +46,12 @@ class SimCLRAugment:
 
     Source: Chen et al., SimCLR, ICML 2020, arXiv:2002.05709, appendix A; without its Gaussian blur, which the authors
     leave out for CIFAR-10.
-    Deviations from the chain of torchvision's transforms: the order of the colour changes is fixed (brightness,
-    contrast, saturation, hue, grey) instead of drawn; values are clamped once at the end instead of after every
-    change, so contrast refers to the mean grey before clamping; hue turns in YIQ, which keeps luma, instead of HSV,
-    which keeps the largest channel (colours then move the same way, but end up 0.04 apart on average at a tenth of a
-    turn); crops are not rounded to whole pixels, and are resampled bilinearly without antialiasing, seeing pixels just
-    outside the box at its border.
+    Deviations of the batched views (calling this) from the chain of torchvision's transforms on Pillow images, which
+    `exact` computes: values are clamped and rounded once at the end instead of after every change, so contrast refers
+    to the mean grey before clamping; hue is the linear map nearest to HSV's (`cupel.augment.colour.hue_turn`: 0.007 off
+    on average for turns within ±0.1); no antialiasing where a crop is larger than the view, which at the default
+    `render_size` never happens. Crops, their enlarging, the order of the colour changes and all distributions are the
+    same.
     """
 
     crop: bool = True
@@ -66,7 +67,7 @@ class SimCLRAugment:
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     jitter_probability: Fraction = 0.8
     grayscale: Fraction = 0.2
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         for name in ("scale", "ratio"):
@@ -119,6 +120,25 @@ class SimCLRAugment:
                 x = resample(x, boxes.to(raw.device), flip, self._view_size(height, width))
             return recolour(x, jitter, top=255.0).contiguous(memory_format=torch.channels_last)
 
+    @torch.no_grad()
+    def exact(
+        self, raw: UInt8[Tensor, "n 3 height width"], generator: torch.Generator
+    ) -> Float[Tensor, "n 3 view_height view_width"]:
+        """One view of each image by the published chain, image by image: at least ten times slower.
+
+        RandomResizedCrop (bilinear, antialiased where it shrinks), RandomHorizontalFlip, RandomApply of ColorJitter and
+        RandomGrayscale of torchvision on Pillow images, which round to 8 bits after every change, as the chain of the
+        papers' code does. The same generator gives other views than the batched ones.
+
+        Args:
+            raw: uint8 images; they stay as they are, and are fetched to the CPU.
+            generator: Source of randomness; the global one is left as it was.
+
+        Returns:
+            As calling this gives; values are multiples of 1/255.
+        """
+        return one_by_one(self, raw, generator)
+
     def _view_size(self, height: int, width: int) -> tuple[int, int]:
         return (height, width) if self.render_size is None else (self.render_size, self.render_size)
 
@@ -133,14 +153,18 @@ class SimCLRAugment:
             return crop_boxes(n, height, width, scale, ratio, generator)
         if self._view_size(height, width) == (height, width):
             return None
-        return torch.tensor([0.0, 0.0, width, height], device=generator.device).expand(n, 4)
+        boxes = torch.zeros(n, 4, device=generator.device)
+        boxes[:, 2], boxes[:, 3] = width, height
+        return boxes
 
     def _jitter(self, n: int, generator: torch.Generator) -> Jitter:
-        device = generator.device
-        u = torch.rand(4, n, generator=generator, device=device)
-        strengths = [(max(0.0, 1 - s), 1 + s) for s in (self.brightness, self.contrast, self.saturation)]
-        low, high = torch.tensor([*strengths, (-self.hue, self.hue)], device=device).T[..., None]
+        """Strengths of each image; numbers that are multiplied stay Python's, so nothing is copied to the device."""
+        u = torch.rand(4, n, generator=generator, device=generator.device)
+        when = torch.rand(4, n, generator=generator, device=generator.device)
         applied = self._happens(n, self.jitter_probability, generator)
-        neutral = torch.tensor([1.0, 1.0, 1.0, 0.0], device=device)[:, None]
-        brightness, contrast, saturation, hue = torch.where(applied, low + (high - low) * u, neutral)
-        return Jitter(brightness, contrast, saturation, hue, self._happens(n, self.grayscale, generator))
+        brightness, contrast, saturation = (
+            torch.where(applied, max(0.0, 1 - s) + (1 + s - max(0.0, 1 - s)) * one, 1.0)
+            for s, one in zip((self.brightness, self.contrast, self.saturation), u[:3], strict=True)
+        )
+        hue = torch.where(applied, self.hue * (2 * u[3] - 1), 0.0)
+        return Jitter(brightness, contrast, saturation, hue, self._happens(n, self.grayscale, generator), when)

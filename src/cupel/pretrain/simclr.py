@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from cupel.augment import SimCLRAugment
 from cupel.encoders import ImageEncoder
 from cupel.losses import nt_xent
-from cupel.optimizers import Recipe
+from cupel.pretrain.views import TwoViews
 from cupel.protocols import Batch
 from cupel.seeds import Seed
 from cupel.settings import Positive, PositiveInt, settings
@@ -22,7 +21,7 @@ __all__ = ["SimCLR"]
 
 
 @settings
-class SimCLR(Recipe):
+class SimCLR(TwoViews):
     """Contrastive pre-training: two views of an image attract, all other views of the batch repel.
 
     Args:
@@ -30,21 +29,20 @@ class SimCLR(Recipe):
         projection: Output dimensions of the projector.
         projector: `badencoder` = Linear (no bias), BatchNorm, ReLU, Linear; `plain` = Linear, ReLU, Linear.
         projector_width: Hidden dimensions of the projector; None = the encoder's width.
-        augment: How views are made.
 
     Presets: `fast` (minutes on two CPU cores), `badencoder` (the CIFAR recipe of the BadEncoder authors) and
     `google_cifar` (the CIFAR recipe of the SimCLR authors).
 
     Source: Chen et al., ICML 2020, arXiv:2002.05709.
-    Deviations: the augmentation's (see `SimCLRAugment`); the mean of the loss over both views where the authors' code
-    sums two means; both views in one forward pass, so BatchNorm sees 2·batch images.
+    Deviations: the augmentation's (see `SimCLRAugment`), unless `augmentation="exact"`; both views in one forward pass,
+    so BatchNorm sees 2·batch images, unless `separate_views=True`; the mean of the loss over both views where the
+    authors' code sums two means.
     """
 
     temperature: Positive = 0.5
     projection: PositiveInt = 128
     projector: Literal["badencoder", "plain"] = "badencoder"
     projector_width: Annotated[int, Field(gt=0)] | None = None
-    augment: SimCLRAugment = SimCLRAugment()
     revision: ClassVar[int] = 1
 
     @classmethod
@@ -69,12 +67,13 @@ class SimCLRLearner:
     """Encoder and projector under NT-Xent."""
 
     def __init__(self, settings: SimCLR, encoder: ImageEncoder, seed: Seed) -> None:
-        self.settings, self.encoder = settings, encoder
+        self.settings = settings
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed.child("projector").value)
             projector = _projector(settings, encoder.width)
         device = next(encoder.module.parameters()).device
         self.projector = projector.to(device)
+        self.encode = settings.prepared(encoder.module)
         self.state = nn.ModuleDict({"encoder": encoder.module, "projector": self.projector}).train()
 
     def parameters(self) -> list[nn.Parameter]:
@@ -83,13 +82,12 @@ class SimCLRLearner:
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """NT-Xent of one batch, and the embeddings' standard deviation (about 1 healthy, towards 0 collapsed)."""
-        generator = batch.seed.torch(batch.inputs.device)
-        views = self.settings.augment(torch.cat([batch.inputs, batch.inputs]), generator)
-        h = self.encoder(views)
-        z1, z2 = self.projector(h).chunk(2)
+        settings = self.settings
+        h = settings.forward(self.encode, settings.views(batch))
+        z1, z2 = settings.forward(self.projector, h).chunk(2)
         with torch.no_grad():
             spread = F.normalize(h.float(), dim=1).std(dim=0).mean() * h.shape[1] ** 0.5
-        return nt_xent(z1, z2, self.settings.temperature), {"feature_std": spread}
+        return nt_xent(z1, z2, settings.temperature), {"feature_std": spread}
 
     def after_step(self) -> None:
         """Nothing."""
