@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cupel.attack.ssl_backdoor import SSLBackdoor, chosen_rows
+from cupel.attack.ssl_backdoor import SSLBackdoor
 from cupel.errors import DataError, LabelsWithheld, SettingsError, UsageError
+from cupel.poisoning import chosen_rows
 from cupel.seeds import Seed
 from cupel.settings import parse
 from cupel.triggers import Patch, RandomPatch
