@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cupel.encoders import ImageEncoder
 from cupel.inference import features, triggered
+from cupel.probe import Linear
 from cupel.seeds import Seed
 from cupel.types import Dataset, Goal
 
@@ -50,7 +51,7 @@ def describe(
         train, test: Of the first downstream task.
         goal: With its test-time trigger; None for an experiment without attack.
         references: uint8 `[r, 3, height, width]`.
-        probe: Gives the predictions shown under the images.
+        probe: Gives the predictions shown under the images; a linear one does where it trains an encoder of its own.
         seed: Choice of the images shown.
 
     Returns:
@@ -77,7 +78,8 @@ def describe(
             arrays["trigger/pattern"] = np.asarray(pattern).transpose(1, 2, 0)
         which = "backdoored" if "backdoored" in encoders else next(iter(encoders))
         encoder = encoders[which]
-        fitted = probe.fit_features(features(encoder, train), train.labels, train.num_classes, seed.child("head"))
+        shown_by = probe if hasattr(probe, "fit_features") else Linear()
+        fitted = shown_by.fit_features(features(encoder, train), train.labels, train.num_classes, seed.child("head"))
         with torch.no_grad():
             arrays["images/predicted_clean"] = fitted(features(encoder, pixels)).argmax(1).numpy()
             hit = torch.from_numpy(arrays["images/triggered"].transpose(0, 3, 1, 2).copy())

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cupel import data as sources
 from cupel import metrics
@@ -19,6 +19,7 @@ from cupel.errors import DataError
 from cupel.experiment.describe import describe
 from cupel.experiment.images import check_splits, images_of
 from cupel.experiment.plan import Step, file_content
+from cupel.experiment.scoring import score
 from cupel.experiment.store import Artefact
 from cupel.inference import features, triggered
 from cupel.pretrain import pretrain_encoder
@@ -221,45 +222,9 @@ def _score(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
     m, goals = step.method, goals_of(inputs[3]) if len(inputs) > 3 else ()
     check_target(m["target_class"], train)
     goal = next((g for g in goals if g.task == m["task"]), None)
-    h_train, h_test = features(encoder, train), features(encoder, test)
-    h_stamped: Tensor | None = None
-    if goal is not None and goal.trigger is not None:
-        h_stamped = features(encoder, triggered(test, goal.trigger, step.seed.child("trigger")))
-    target, labels = m["target_class"], test.labels
-
-    def counts(head: nn.Module) -> dict[str, tuple[int, int]]:
-        with torch.no_grad():
-            made = {"accuracy": metrics.accuracy(head(h_test).argmax(1), labels)}
-            if h_stamped is not None:
-                hit = head(h_stamped).argmax(1)
-                made["attack_success_rate"] = metrics.attack_success_rate(hit, labels, target)
-                made["attack_success_rate_all"] = metrics.attack_success_rate_all(hit, labels, target)
-                made["robust_accuracy"] = metrics.robust_accuracy(hit, labels, target)
-        return made
-
-    by_seed: dict[str, list[tuple[int, int]]] = {}
-    tails: list[dict[str, Any]] = []
-    for i in range(m["head_seeds"]):
-        history: list[dict[str, tuple[int, int]]] = []
-
-        def watch(head: nn.Module, history: list[dict[str, tuple[int, int]]] = history) -> dict[str, tuple[int, int]]:
-            history.append(counts(head))
-            return history[-1]
-
-        head = m["probe"].fit_features(
-            h_train, train.labels, train.num_classes, step.seed.child("head", i), watch=watch
-        )
-        for name, count in counts(head).items():
-            by_seed.setdefault(name, []).append(count)
-        if history:
-            tails.append({name: metrics.tail([h[name] for h in history]) for name in history[0]})
-    companions = {}
-    if h_stamped is not None:
-        companions["triggered_to_clean_cosine"] = float(metrics.mean_cosine(h_stamped, h_test))
-        companions["triggered_concentration"] = float(metrics.concentration(h_stamped))
-    companions["clean_concentration"] = float(metrics.concentration(h_test))
-    companions["feature_std"] = float(metrics.feature_std(h_test))
-    return Artefact({"counts": by_seed, "tails": tails, "companions": companions})
+    trigger = goal.trigger if goal is not None else None
+    hit = None if trigger is None else triggered(test, trigger, step.seed.child("trigger"))
+    return Artefact(score(encoder, train, test, hit, m["target_class"], m["probe"], m["head_seeds"], step.seed))
 
 
 def _describe(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:

@@ -1,0 +1,139 @@
+"""Fine-tuning: a copy of the encoder, or its last blocks, trained together with a linear head."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from cupel.augment import SimCLRAugment
+from cupel.encoders import ImageEncoder
+from cupel.errors import DataError
+from cupel.inference import FrozenProbe, device_of, features
+from cupel.metrics import check_labels
+from cupel.optimizers import Recipe
+from cupel.probe.linear import Linear
+from cupel.protocols import Batch, Encoder
+from cupel.seeds import Seed
+from cupel.settings import Positive, PositiveInt, settings
+from cupel.train import fit
+from cupel.types import Dataset, Need
+
+__all__ = ["FineTune", "blocks_of"]
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """Parts of an encoder's backbone that have weights, from the images to the embedding.
+
+    A convolution and the BatchNorm after it outside of the residual stages count as two.
+
+    Example:
+        >>> from cupel.encoders import Fast
+        >>> [type(part).__name__ for part in blocks_of(Fast(width=4).build(Seed(0)).module)]
+        ['Conv2d', 'BatchNorm2d', 'BasicBlock', 'BasicBlock', 'BasicBlock']
+    """
+    backbone = getattr(module, "backbone", module)
+    return [part for part in backbone.children() if any(True for _ in part.parameters())]
+
+
+@settings
+class FineTune(Recipe):
+    """Cross entropy on labelled images; the encoder that comes out is the classifier's own.
+
+    Args:
+        blocks: Last blocks that are trained (see `blocks_of`); None = all of the encoder, 0 = none of it.
+        head: Where the linear head starts: `linear` = at the linear probe's solution, `random` = as `nn.Linear` does.
+        batch_norm: `train` = statistics of the batch in the trained blocks, as usual; `frozen` = none of the BatchNorms
+            is changed. BatchNorms of blocks that are not trained never change.
+        augment: How a training image is shown; None = as it is.
+
+    A head seed draws the order, the views and a random head.
+
+    Source: the protocol of Chen et al., SimCLR, ICML 2020, appendix B.5; Kumar et al., ICLR 2022, arXiv:2202.10054, for
+        starting at the linear probe. Steps and rates are our choice.
+    """
+
+    blocks: Annotated[int, Field(ge=0)] | None = None
+    head: Literal["linear", "random"] = "linear"
+    batch_norm: Literal["train", "frozen"] = "train"
+    augment: SimCLRAugment | None = None
+
+    epochs: PositiveInt = 20
+    batch_size: PositiveInt = 64
+    optimizer: Literal["adam", "adamw", "sgd", "lars"] = "sgd"
+    lr: Positive = 0.01
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    revision: ClassVar[int] = 1
+
+    def fit(self, encoder: Encoder, train: Dataset, seed: Seed) -> FrozenProbe:
+        """A classifier with an encoder of its own; the given one stays as it is.
+
+        Raises:
+            DataError: no rows, or rows without label; the encoder cannot be copied block by block.
+            UsageError: a class index outside [0, num_classes).
+        """
+        check_labels(train.labels, train.num_classes, train.name)
+        if not isinstance(encoder, ImageEncoder):
+            raise DataError("finetune", f"cannot train a {type(encoder).__name__}", "use a probe on frozen embeddings")
+        own, device = encoder.copy(), device_of(encoder.module)
+        learner = _Learner(self, own, self._head(own, train, seed).to(device), train.labels)
+        recipe = dataclasses.replace(self, batch_size=min(self.batch_size, len(train)))
+        with torch.enable_grad():
+            fit(learner, train, recipe, seed, label="finetune", device=device)
+        own.module.eval().requires_grad_(True)
+        return FrozenProbe(own, learner.head.eval())
+
+    def _head(self, encoder: ImageEncoder, train: Dataset, seed: Seed) -> nn.Linear:
+        if self.head == "linear":
+            start = Linear(normalise=False, subsample=1.0)
+            made = start.fit_features(features(encoder, train), train.labels, train.num_classes, seed)
+            assert isinstance(made, nn.Linear)
+            return copy.deepcopy(made).train().requires_grad_(True)
+        made, draw = nn.Linear(encoder.width, train.num_classes), seed.child("head").torch()
+        for part in made.parameters():
+            nn.init.uniform_(part, -(encoder.width**-0.5), encoder.width**-0.5, generator=draw)
+        return made
+
+
+class _Learner:
+    """Encoder and head under cross entropy."""
+
+    def __init__(self, settings: FineTune, encoder: ImageEncoder, head: nn.Linear, labels: Tensor) -> None:
+        self.settings, self.encoder, self.head = settings, encoder, head
+        self.labels = labels.to(head.weight.device)
+        self.state: nn.Module = nn.ModuleDict({"encoder": encoder.module, "head": head})
+        encoder.module.eval().requires_grad_(False)
+        parts = blocks_of(encoder.module)
+        count = len(parts) if settings.blocks is None else min(settings.blocks, len(parts))
+        for part in parts[len(parts) - count :]:
+            part.requires_grad_(True)
+            for one in part.modules():
+                norm = isinstance(one, nn.modules.batchnorm._BatchNorm)
+                one.training = not (norm and settings.batch_norm == "frozen")
+                if norm and settings.batch_norm == "frozen":
+                    one.requires_grad_(False)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Weights of the trained blocks and the head."""
+        return [p for p in self.state.parameters() if p.requires_grad]
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Mean cross entropy, and the share of the batch that is classified rightly."""
+        if self.settings.augment is None:
+            x = batch.inputs.float().div_(255).contiguous(memory_format=torch.channels_last)
+        else:
+            x = self.settings.augment(batch.inputs, batch.seed.child("augment").torch(batch.inputs.device))
+        y = self.labels[batch.rows.to(self.labels.device)]
+        logits = self.head(self.encoder(x)).float()
+        return F.cross_entropy(logits, y), {"accuracy": (logits.argmax(1) == y).float().mean()}
+
+    def after_step(self) -> None:
+        """Nothing."""
