@@ -18,10 +18,10 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint slow gpu bench calibrate lock clean
+.PHONY: help install demo test check lint slow gpu bench bench-parts bench-gpu calibrate lock clean
 
 help:  ## This list
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(READY)  ## Create .venv and install what the lock file names
 
@@ -66,8 +66,14 @@ slow: $(READY)  ## Trained checks and full counts
 gpu: $(READY)  ## Tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
-bench: $(READY)  ## Ratios of the hot paths, measured within one run
-	$(BIN)/pytest benchmarks -s --benchmark-disable-gc --benchmark-columns=min,median,rounds
+bench: $(READY)  ## Hot paths beside the plain way, at most 10 minutes on an idle machine (ONLY="simclr knn", QUICK=1)
+	$(BIN)/python -m benchmarks.whole $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
+
+bench-parts: $(READY)  ## Single steps, by pytest-benchmark
+	$(BIN)/pytest benchmarks --benchmark-disable-gc --benchmark-columns=min,median,rounds
+
+bench-gpu: $(READY)  ## Training steps as shares of what a CUDA device can do
+	$(BIN)/python -m benchmarks.gpu
 
 calibrate: $(READY)  ## Scan fresh clean encoders for the thresholds that ship with Cupel
 	$(BIN)/python -m cupel.experiment.calibrate

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from cupel.data.ahead import ahead
 from cupel.encoders import ImageEncoder
 from cupel.errors import DataError
 from cupel.feature_store import active_store
@@ -143,16 +144,18 @@ def _embed(
     n, device = len(inputs), device_of(encoder.module)
     if dtype is None:
         dtype = torch.bfloat16 if n > COMPARED and bf16_pays(device) else torch.float32
-    with evaluating(encoder.module), _progress(label, n) as advance:
-        network: Callable[[Tensor], Tensor] = encoder
-        for start in range(0, n, batch_size):
-            end = min(start + batch_size, n)
-            raw = inputs[start:end] if isinstance(inputs, Tensor) else inputs[torch.arange(start, end)]
+    starts = range(0, n, batch_size)
+    blocks: list[Any] = [slice(start, min(start + batch_size, n)) for start in starts]
+    if not isinstance(inputs, Tensor):
+        blocks = [torch.arange(n)[block] for block in blocks]
+    network: Callable[[Tensor], Tensor] = encoder
+    with evaluating(encoder.module), _progress(label, n) as advance, ahead(inputs, blocks, device) as batches:
+        for start, (rows, raw) in zip(starts, batches, strict=True):
             x = _in_unit_range(raw, device)
             if start == 0 and dtype == torch.bfloat16:
                 network = in_bf16(encoder, x, name)
-            out[start:end] = network(x)
-            advance(end)
+            out[rows] = network(x)
+            advance(start + len(raw))
     if bad := int((~out.isfinite()).any(dim=1).sum()):
         what = f"{bad} of {n} embeddings are not finite numbers"
         raise DataError(name, what, "the encoder has diverged: train it again with a lower learning rate")

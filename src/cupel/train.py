@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cupel.data.ahead import ahead
 from cupel.errors import CupelError, Interrupted
 from cupel.files import atomic_file
 from cupel.optimizers import Recipe
@@ -80,7 +81,7 @@ def fit(
     state = _State(learner, optimizer, checkpoint, identity)
     start, kept = state.load()
     pending: dict[str, list[Tensor]] = {}
-    order, order_epoch, saved = torch.empty(0, dtype=torch.int64), -1, time.monotonic()
+    steps, saved = _rows(len(data), per_epoch, recipe.batch_size, range(start, total), seed), time.monotonic()
 
     def settle(done: int) -> dict[str, float]:
         """Move pending numbers from the device, and refuse a loss that is not finite."""
@@ -92,14 +93,9 @@ def fit(
             raise CupelError(label, f"the loss is not finite before step {done}", "lower `lr`, or use precision fp32")
         return last
 
-    with track(label, total) as advance:
-        for t in range(start, total):
-            epoch, k = divmod(t, per_epoch)
-            if epoch != order_epoch:
-                order = torch.randperm(len(data), generator=seed.child("epoch", epoch).torch())
-                order_epoch = epoch
-            rows = order[k * recipe.batch_size : (k + 1) * recipe.batch_size]
-            batch = Batch(data.inputs[rows].to(device, non_blocking=True), rows, seed.child("step", t))
+    with track(label, total) as advance, ahead(data.inputs, steps, device) as batches:
+        for t, (rows, pixels) in enumerate(batches, start):
+            batch = Batch(pixels, rows, seed.child("step", t))
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(t, total)
             with autocast(recipe.precision, device):
@@ -128,6 +124,17 @@ def fit(
                 state.save(done, kept)
                 saved = time.monotonic()
     return kept
+
+
+def _rows(n: int, per_epoch: int, batch_size: int, steps: range, seed: Seed) -> Iterator[Tensor]:
+    """The rows of each step: an epoch goes through one permutation, which depends on its number alone."""
+    order, order_epoch = torch.empty(0, dtype=torch.int64), -1
+    for t in steps:
+        epoch, k = divmod(t, per_epoch)
+        if epoch != order_epoch:
+            order = torch.randperm(n, generator=seed.child("epoch", epoch).torch())
+            order_epoch = epoch
+        yield order[k * batch_size : (k + 1) * batch_size]
 
 
 class _State:

@@ -1,10 +1,16 @@
-"""From the bytes of an image file to uint8 RGB, the same on every machine or one line that says what is wrong."""
+"""From the bytes of an image file to uint8 RGB, the same on every machine or one line that says what is wrong.
+
+Pillow alone decodes. torchvision's JPEG decoder gives the same pixels in two thirds of the time, but is deprecated and
+prints remarks of its own about damaged files; torch's resizing of uint8 is quicker than Pillow's but rounds otherwise,
+by up to 2 of 255 levels. Both together would halve the 1.5 ms that a photograph takes to become 224 pixels.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import struct
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +32,8 @@ _MAX_PIXELS = 89_478_485  # Pillow warns from here on and refuses at twice as ma
 _ORIENTATION = 0x0112  # EXIF tag
 _DEEP = ("I", "F")  # modes with more than eight bits per channel: I, I;16, I;16B, F
 
+_quiet = threading.Lock()
+
 Pixels8 = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -34,11 +42,18 @@ def quiet_pillow() -> Iterator[None]:
     """Pillow's remarks on odd metadata are dropped and its warning of a decompression bomb raises.
 
     Around a whole loop rather than one image: the filters of `warnings` belong to the process, not to the thread.
+    Inside another, also one that a different thread has opened and will close later, it does nothing.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    if not _quiet.acquire(blocking=False):
         yield
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        _quiet.release()
 
 
 def decode(data: bytes, where: object, size: int | None = None) -> Pixels8:

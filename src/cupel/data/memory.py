@@ -29,11 +29,15 @@ _IN_MEMORY = 2**30  # bytes of decoded images that are kept as one tensor
 _MAX_BAD = 0.05  # share of unreadable images that `skip` puts up with
 _THREADED = 96 * 96  # pixels from which on decoding outweighs handing the work to a thread
 _BLOCK = 512
+_MOST_THREADS = 16  # beyond, handing out work costs more than it brings: that part has one thread at a time
 
 
 @dataclass(frozen=True)
 class LazyImages:
     """Images of a source that are decoded each time they are indexed; implements `Pixels`.
+
+    Indexing decodes on as many threads as the process has cores (at most 16), each straight to its place in the result:
+    beside it, memory holds one image per thread. `cupel.data.ahead.ahead` does so while a model works.
 
     Args:
         images: Rows of the source.
@@ -64,12 +68,9 @@ class LazyImages:
         size = self.sides[0] if self.resize else None
         made = torch.empty((chosen.numel(), 3, *self.sides), dtype=torch.uint8)
         with quiet_pillow():
-            for k, image in enumerate(
-                _decoded(self.images, chosen.reshape(-1).tolist(), size, self.sides, threads=True)
-            ):
-                if isinstance(image, DataError):
-                    raise image
-                made[k] = torch.from_numpy(image.transpose(2, 0, 1).copy())
+            for error in _fill(self.images, chosen.reshape(-1).tolist(), size, self.sides, made.numpy(), threads=True):
+                if error is not None:
+                    raise error
         return made if chosen.ndim else made[0]
 
     def content(self) -> list[bytes]:
@@ -144,14 +145,12 @@ def _all(
 ) -> tuple[Tensor, dict[int, DataError]]:
     """Decode everything: uint8 `[n, 3, height, width]` (empty unless `keep`), and the errors by place in `rows`."""
     made = torch.zeros((len(rows) if keep else 0, 3, *sides), dtype=torch.uint8)
-    view, bad = made.numpy(), dict[int, DataError]()
+    view, bad = made.numpy() if keep else None, dict[int, DataError]()
     threads = sides[0] * sides[1] >= _THREADED
     with _followed(listing.name, len(rows)) as advance:
-        for k, image in enumerate(_decoded(listing.images, rows.tolist(), size, sides, threads)):
-            if isinstance(image, DataError):
-                bad[k] = image
-            elif keep:
-                view[k] = image.transpose(2, 0, 1)
+        for k, error in enumerate(_fill(listing.images, rows.tolist(), size, sides, view, threads)):
+            if error is not None:
+                bad[k] = error
             if k % _BLOCK == 0:
                 advance(k)
     return made, bad
@@ -166,24 +165,38 @@ def _followed(name: str, total: int) -> Iterator[Any]:
         yield advance
 
 
-def _decoded(
-    images: Stored, rows: Sequence[int], size: int | None, sides: tuple[int, int], threads: bool
-) -> Iterator[Pixels8 | DataError]:
-    """Each row decoded, or why it is not, in order."""
+def _fill(
+    images: Stored,
+    rows: Sequence[int],
+    size: int | None,
+    sides: tuple[int, int],
+    made: Pixels8 | None,
+    threads: bool,
+) -> Iterator[DataError | None]:
+    """Decode each row into its place in `made` `[n, 3, height, width]`; yields in order why it could not be."""
 
-    def one(row: int) -> Pixels8 | DataError:
+    def one(k: int) -> DataError | None:
         try:
-            image = images.decode(row, size)
+            image = images.decode(rows[k], size)
         except DataError as error:
             return error
-        return image if image.shape[:2] == sides else _differ(images.where(row), image.shape, sides)
+        if image.shape[:2] != sides:
+            return _differ(images.where(rows[k]), image.shape, sides)
+        if made is not None:
+            made[k] = image.transpose(2, 0, 1)
+        return None
 
     if not threads or len(rows) < 2:
-        yield from map(one, rows)
+        yield from map(one, range(len(rows)))
         return
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(rows), _BLOCK):  # in blocks: results wait in memory until they are taken
-            yield from pool.map(one, rows[start : start + _BLOCK])
+    with ThreadPoolExecutor(min(_MOST_THREADS, _cores())) as pool:
+        for start in range(0, len(rows), _BLOCK):  # in blocks: after an error, what was handed in is still decoded
+            yield from pool.map(one, range(start, min(start + _BLOCK, len(rows))))
+
+
+def _cores() -> int:
+    """Cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _judge(name: str, bad: dict[int, DataError], total: int, on_bad: OnBad) -> None:
