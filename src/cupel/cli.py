@@ -177,6 +177,14 @@ def report(
     return report_command(folders, out, format_.value)
 
 
+@app.command()
+def doctor(format_: Annotated[Format, typer.Option("--format")] = Format.text) -> int:
+    """Say what this machine offers: versions, devices, threads, extras, data found."""
+    from cupel.doctor import doctor_command
+
+    return doctor_command(format_.value)
+
+
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
     """The first Ctrl-C or SIGTERM stops between two steps and keeps a checkpoint; the second stops at once."""

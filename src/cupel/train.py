@@ -20,6 +20,7 @@ from cupel.optimizers import Recipe
 from cupel.progress import say, stop_if_requested, track
 from cupel.protocols import Batch, Learner
 from cupel.seeds import Seed
+from cupel.threads import ThreadGuard
 from cupel.types import Dataset
 
 __all__ = ["History", "Watch", "autocast", "fit"]
@@ -93,6 +94,7 @@ def fit(
             raise CupelError(label, f"the loss is not finite before step {done}", "lower `lr`, or use precision fp32")
         return last
 
+    guard = ThreadGuard(torch.get_num_threads, torch.set_num_threads) if device.type == "cpu" else None
     with track(label, total) as advance, ahead(data.inputs, steps, device) as batches:
         for t, (rows, pixels) in enumerate(batches, start):
             batch = Batch(pixels, rows, seed.child("step", t))
@@ -104,6 +106,8 @@ def fit(
             loss.backward()  # type: ignore[no-untyped-call]  # torch's stub
             optimizer.step()
             learner.after_step()
+            if guard is not None:
+                guard.step()
             for name, value in {"loss": loss, **numbers}.items():
                 pending.setdefault(name, []).append(value.detach())
             done = t + 1

@@ -16,6 +16,7 @@ from cupel.inversion.budget import Budget
 from cupel.inversion.stamping import SPAN, squash, stamp
 from cupel.progress import track
 from cupel.seeds import Seed
+from cupel.threads import ThreadGuard
 
 __all__ = ["Inverted", "Objective", "frozen", "invert", "random_start"]
 
@@ -137,6 +138,7 @@ def invert(
     stale = torch.zeros(num_starts, dtype=torch.int64, device=device)
     order = torch.empty(0)
     epoch_reach = torch.zeros(num_starts, device=device)
+    guard = ThreadGuard(torch.get_num_threads, torch.set_num_threads) if device.type == "cpu" else None
     with track(label, budget.steps) as advance:
         for step in range(budget.steps):
             epoch, at = divmod(step, per_epoch)
@@ -176,6 +178,8 @@ def invert(
                     adam.keep(running)
                     if len(alive) == 0:
                         break
+            if guard is not None:
+                guard.step()
             advance(step + 1)
     found = best.isfinite()
     return Inverted(
