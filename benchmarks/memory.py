@@ -70,6 +70,7 @@ def _run(job: str, arguments: list[str]) -> float:
         start = time.perf_counter()
         step()
         return time.perf_counter() - start
+    # two steps on either side: in the second the optimiser's state is there as well
     which, n = arguments[0], int(arguments[1])
     raw = ours.images(4 * n)
     runs: list[Run]
@@ -77,14 +78,14 @@ def _run(job: str, arguments: list[str]) -> float:
         learner, recipe = ours.pretraining(ours.RN18, n)
         runs = [ours.fit_seconds(learner, ours.dataset(raw), recipe, 1)]
     elif job == "simclr":
-        runs = [training.simclr_step(ours.RN18.build(Seed(0)).module.backbone, 512, raw, n)]
+        runs = [training.simclr_step(ours.RN18.build(Seed(0)).module.backbone, 512, raw, n)] * 2
     elif job == "badencoder" and which == "ours":
         data = ours.dataset(raw)
         attacker, attack = ours.implanting(ours.RN18, n, data)
         runs = [ours.fit_seconds(attacker, data, attack, 1)]
     elif job == "badencoder":
         clean, own = (ours.RN18.build(Seed(0)).module.backbone for _ in range(2))
-        runs = [training.badencoder_step(clean, own, raw, ours.images(1, seed=1), n)]
+        runs = [training.badencoder_step(clean, own, raw, ours.images(1, seed=1), n)] * 2
     elif which == "ours":
         encoder = ours.RN18.build(Seed(0))
         runs = [lambda: ours.nothing(features(encoder, ours.dataset(raw)))]

@@ -29,7 +29,7 @@ __all__ = ["COMPARED", "FrozenProbe", "classify", "device_of", "evaluating", "fe
 
 MIN_COSINE = 0.9999
 """bfloat16 must agree with float32 this well, on each of the images compared."""
-COMPARED = 64
+COMPARED = 32
 """Images compared; sets that are not larger are done in float32 at once."""
 _STORED = 256  # fewer embeddings are made faster than found again
 
@@ -87,9 +87,9 @@ def features(
         data: A data set, or images `[n, 3, height, width]`: uint8, or floating point in [0, 1].
         batch_size: Images per forward pass; changes the result by rounding at most.
         dtype: `torch.float32` = the encoder as it is. `torch.bfloat16` = a copy with its BatchNorms folded, in bfloat16
-            (`cupel.folding`); 64 images are compared first: unless each embedding has a cosine of at least 0.9999 with
+            (`cupel.folding`); 32 images are compared first: unless each embedding has a cosine of at least 0.9999 with
             that in float32, float32 is used for all and a line says so. None = bfloat16 where the hardware computes in
-            it and there are more than 64 images, else float32.
+            it and there are more than 32 images, else float32.
         store: Inside `cupel.feature_store.storing_features`, keep the result and take it from there; False for an
             encoder that is still being trained.
         label: Name under which progress is shown; None = silent.
@@ -167,7 +167,7 @@ def in_bf16(encoder: Encoder, x: Images, name: str) -> Callable[[Images], Tensor
 
     Args:
         encoder: In eval mode.
-        x: Images in [0, 1]; up to 64 of them are compared.
+        x: Images in [0, 1]; up to 32 of them are compared.
         name: Of the images, for the line that says that float32 is used.
     """
     some = x[:: max(1, len(x) // COMPARED)][:COMPARED]

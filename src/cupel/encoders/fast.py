@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 from cupel.encoders.image import ImageEncoder, NormalisationName, assemble
-from cupel.encoders.resnet import downsample
+from cupel.encoders.resnet import BasicBlock, downsample
 from cupel.seeds import Seed
 from cupel.settings import PositiveInt, settings
 

@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-import torchvision
 from pydantic import Field
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 from cupel.encoders.image import ImageEncoder, NormalisationName, assemble
 from cupel.seeds import Seed
 from cupel.settings import Positive, PositiveInt, settings
 
-__all__ = ["ResNet18", "ResNet50", "downsample"]
+__all__ = ["BasicBlock", "ResNet18", "ResNet50", "downsample"]
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut (He et al., CVPR 2016, figure 5); names are torchvision's.
+
+    Our own, since importing torchvision's models takes three seconds.
+    """
+
+    def __init__(self, inner: int, outer: int, stride: int = 1, downsample: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inner, outer, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outer)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(outer, outer, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outer)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out: Tensor = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + shortcut)
+        return out
 
 
 def downsample(inner: int, outer: int, stride: int) -> nn.Sequential | None:
@@ -98,6 +117,8 @@ class ResNet50:
 
 
 def _torchvision(name: str) -> nn.Module:
+    import torchvision  # three seconds, which encoders without it need not wait
+
     net = torchvision.models.get_model(name, weights=None)
     net.fc = nn.Identity()
     return net  # type: ignore[no-any-return]  # torchvision ships no types
