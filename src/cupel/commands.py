@@ -30,7 +30,7 @@ from cupel.report import load_cells, write_report
 from cupel.scan import SCANNERS
 from cupel.seeds import Seed
 from cupel.settings import OneOf, parse, settings
-from cupel.threads import fair_threads, others_busy, read_load, usable_cpus
+from cupel.threads import allowed_cores, fair_threads, others_busy, read_load, usable_cpus
 from cupel.types import Dataset, Evidence, Verdict
 from cupel.vet import purify_encoder, scan_encoder, scan_evidence
 
@@ -145,7 +145,8 @@ def _settle_threads() -> None:
     """No more threads than cores that are free: see `cupel.threads`."""
     before = read_load()
     time.sleep(_LOOK)
-    threads, said = fair_threads(torch.get_num_threads(), os.environ, usable_cpus(), others_busy(before, read_load()))
+    busy, cores = others_busy(before, read_load()), len(allowed_cores())
+    threads, said = fair_threads(torch.get_num_threads(), os.environ, usable_cpus(), busy, cores)
     torch.set_num_threads(threads)
     if said:
         say(said)

@@ -16,7 +16,7 @@ from typing import Any
 
 import cupel
 from cupel.lookup import data_roots
-from cupel.threads import fair_threads, others_busy, read_load, usable_cpus
+from cupel.threads import allowed_cores, fair_threads, others_busy, read_load, usable_cpus
 
 __all__ = ["doctor", "doctor_command"]
 
@@ -51,7 +51,7 @@ def doctor(environment: Mapping[str, str] = os.environ, proc: Path = Path("/proc
         problems.append(f"torch cannot be imported ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
     else:
         found |= _of_torch(torch, warnings)
-        threads, said = fair_threads(torch.get_num_threads(), environment, cpus, busy)
+        threads, said = fair_threads(torch.get_num_threads(), environment, cpus, busy, len(allowed_cores()))
         if said:
             warnings.append(said)
         if threads > cpus:

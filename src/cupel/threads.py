@@ -3,44 +3,77 @@
 Measured on two cores with torch 2.15, a training step of a small network: 25 ms with two threads, 42 ms with one, on an
 idle machine; two such processes at once, with two threads each, 300 to 4,500 ms (`OMP_WAIT_POLICY=PASSIVE`: 2,200 to
 3,000), with one thread each 43 ms. Two threads beside one busy single-threaded process: 55 to 62 ms.
+
+Why no waiting policy helps: with both threads on one core, 99 % of a step of 15 s went to `convolution_backward`,
+although OpenMP waited passively. Its kernel spins at barriers of its own, and each then lasts a time slice (4 ms).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from cupel.progress import say
 
-__all__ = ["Load", "ThreadGuard", "fair_threads", "others_busy", "read_load", "share", "usable_cpus"]
+__all__ = ["Load", "ThreadGuard", "allowed_cores", "fair_threads", "others_busy", "read_load", "share", "usable_cpus"]
 
 
 class Load(NamedTuple):
-    """CPU seconds used so far on all cores: by everybody, and by this process; and when that was read."""
+    """CPU seconds used so far on the cores of this process: by everybody, and by this process; and when it was read."""
 
     all: float
     own: float
     at: float
 
 
-def usable_cpus(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores this process may use: its affinity, cut by the quota of its control group; at least 1."""
+def usable_cpus(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Cores this process may use: its affinity, cut by the quotas of its control groups; at least 1.
+
+    Args:
+        root: Where control groups are mounted.
+        own: The file that names those of this process.
+    """
+    cpus = len(allowed_cores())
+    return max(1, min(cpus, _quota(root, own) or cpus))
+
+
+def allowed_cores() -> set[int]:
+    """Numbers of the cores that this process may run on."""
     try:
-        cpus = len(os.sched_getaffinity(0))
+        return set(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
-        cpus = os.cpu_count() or 1
-    return max(1, min(cpus, _quota(root) or cpus))
+        return set(range(os.cpu_count() or 1))
 
 
-def _quota(root: Path) -> int | None:
+def _quota(root: Path, own: Path) -> int | None:
+    """The tightest quota of the process's group and of those above it, in whole cores; None = unlimited."""
     try:
-        quota, period = (root / "cpu.max").read_text().split()[:2]
-        return None if quota == "max" else -(-int(quota) // int(period))
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        lines = []
+    folders = {root}  # inside a container the group is often mounted there, whatever its name
+    for _, controllers, name in (line for line in lines if len(line) == 3):
+        tops = [root, root / "unified"] if not controllers else [root / controllers, root / "cpu"]
+        if not controllers or "cpu" in controllers.split(","):
+            here = Path(name.lstrip("/"))
+            folders |= {top / part for top in tops for part in (here, *here.parents)}
+    found = [quota for folder in folders if (quota := _quota_of(folder)) is not None]
+    return min(found, default=None)
+
+
+def _quota_of(folder: Path) -> int | None:
+    """Version 2 keeps both numbers in one file, version 1 in two; no quota is `max` there and -1 here."""
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((folder / file).read_text() for file in files).split()[:2]
+            if quota not in ("max", "-1"):
+                return -(-int(quota) // int(period))
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return None
 
 
 def share(workers: int, cpus: int | None = None) -> int:
@@ -53,15 +86,31 @@ def share(workers: int, cpus: int | None = None) -> int:
     return max(1, (usable_cpus() if cpus is None else cpus) // max(1, workers))
 
 
-def read_load(proc: Path = Path("/proc")) -> Load | None:
-    """The load until now; None where the system does not tell."""
+def read_load(proc: Path = Path("/proc"), cores: Collection[int] | None = None) -> Load | None:
+    """The load until now; None where the system does not tell.
+
+    Args:
+        proc: Where the kernel tells.
+        cores: Numbers of the cores looked at; None = those of this process. Where one is not listed, all count.
+    """
     try:
-        fields = (proc / "stat").read_text().splitlines()[0].split()[1:]
-        user, nice, system, _idle, _wait, irq, softirq = map(int, fields[:7])
-    except (OSError, ValueError, IndexError):
+        lines = [line.split() for line in (proc / "stat").read_text().splitlines() if line.startswith("cpu")]
+        listed = {name: _busy(fields) for name, *fields in lines}
+        wanted = [f"cpu{number}" for number in (allowed_cores() if cores is None else cores)]
+        ticks = sum(listed[name] for name in wanted) if listed.keys() >= set(wanted) else listed["cpu"]
+    except (OSError, ValueError, KeyError):
         return None
-    ticks = user + nice + system + irq + softirq
     return Load(ticks / os.sysconf("SC_CLK_TCK"), time.process_time(), time.perf_counter())
+
+
+def _busy(fields: Sequence[str]) -> int:
+    user, nice, system, _idle, _wait, irq, softirq = map(int, fields[:7])
+    return user + nice + system + irq + softirq
+
+
+def _free(cpus: int, busy: float, cores: int) -> int:
+    """Of `cpus` cores that may be used at a time, those left over when others keep `busy` of `cores` busy."""
+    return max(1, min(cpus, cores - round(busy)))
 
 
 def others_busy(before: Load | None, after: Load | None) -> float:
@@ -76,6 +125,7 @@ def fair_threads(
     environment: Mapping[str, str],
     cpus: int,
     busy: float,
+    cores: int | None = None,
 ) -> tuple[int, str | None]:
     """How many threads to use at the start of a command, and what to tell the user if that is fewer than wanted.
 
@@ -84,6 +134,7 @@ def fair_threads(
         environment: `OMP_NUM_THREADS` there is the user's own choice and stands.
         cpus: Usable cores.
         busy: Cores that others keep busy.
+        cores: Cores on which `busy` was counted, more than `cpus` where there is a quota; None = `cpus`.
 
     Example:
         >>> fair_threads(8, {}, cpus=4, busy=0.0), fair_threads(2, {"OMP_NUM_THREADS": "2"}, cpus=2, busy=1.0)[0]
@@ -91,10 +142,11 @@ def fair_threads(
     """
     if "OMP_NUM_THREADS" in environment:
         return wanted, None
-    free = max(1, cpus - round(busy))
+    cores = cpus if cores is None else cores
+    free = _free(cpus, busy, cores)
     if free >= min(wanted, cpus):
         return min(wanted, cpus), None
-    what = f"other processes keep {busy:.1f} of {cpus} cores busy; using {free} thread{'s' if free > 1 else ''}"
+    what = f"other processes keep {busy:.1f} of {cores} cores busy; using {free} thread{'s' if free > 1 else ''}"
     return free, f"{what} (OMP_NUM_THREADS=… decides otherwise)"
 
 
@@ -138,7 +190,7 @@ class ThreadGuard:
         after = self.load()
         busy, self.before, self.slow = others_busy(self.before, after), after, 0
         if busy >= 0.5:
-            fewer = max(1, min(self.get() - 1, usable_cpus() - round(busy)))
+            fewer = max(1, min(self.get() - 1, _free(usable_cpus(), busy, len(allowed_cores()))))
             self.put(fewer)
             say(
                 f"  steps take {seconds / self.fastest:.0f} times as long as before, for other processes keep "

@@ -17,20 +17,48 @@ from cupel.threads import Load, ThreadGuard, fair_threads, others_busy, read_loa
 def test_the_quota_of_the_control_group_counts(tmp_path, text, most):
     (tmp_path / "cpu.max").write_text(text)
     mine = len(os.sched_getaffinity(0))
-    assert usable_cpus(tmp_path) == (mine if most is None else min(mine, most))
-    assert usable_cpus(tmp_path / "none") == mine
+    none = tmp_path / "none"
+    assert usable_cpus(tmp_path, none) == (mine if most is None else min(mine, most))
+    assert usable_cpus(none, none) == mine
+
+
+@pytest.fixture
+def eight_cores(monkeypatch):
+    monkeypatch.setattr("cupel.threads.allowed_cores", lambda: set(range(8)))
+
+
+BOX = {"cpu,cpuacct/box/cpu.cfs_quota_us": "400000", "cpu,cpuacct/box/cpu.cfs_period_us": "100000"}
+GROUPS = [
+    ("0::/slice/job\n", {"slice/job/cpu.max": "300000 100000"}, 3),
+    ("0::/slice/job\n", {"slice/job/cpu.max": "max 100000", "slice/cpu.max": "200000 100000"}, 2),  # the one above
+    ("0::/slice/job\n", {"slice/other/cpu.max": "100000 100000"}, 8),  # not this process's
+    ("3:cpuset:/x\n2:cpu,cpuacct:/box\n0::/\n", BOX, 4),
+    ("3:cpuset:/box\n2:cpu,cpuacct:/x\n0::/\n", BOX, 8),
+    ("2:cpu,cpuacct:/far/away\n", {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+    ("2:cpu:/box\n", {"cpu/box/cpu.cfs_quota_us": "-1", "cpu/box/cpu.cfs_period_us": "100000"}, 8),
+]
+
+
+@pytest.mark.parametrize(("own", "files", "cpus"), GROUPS)
+def test_quotas_of_both_versions_and_of_groups_above(tmp_path, eight_cores, own, files, cpus):
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert usable_cpus(tmp_path, tmp_path / "own") == cpus
 
 
 def test_workers_share_the_cores():
     assert [share(n, cpus=6) for n in (0, 1, 2, 3, 4, 7)] == [6, 6, 3, 2, 1, 1]
 
 
-def test_load_is_read_from_the_first_line(tmp_path):
+def test_load_is_of_the_own_cores_or_of_all_where_one_is_not_listed(tmp_path):
     hertz = os.sysconf("SC_CLK_TCK")
-    (tmp_path / "stat").write_text(f"cpu  {hertz} {hertz} {hertz} 999 999 {hertz} {hertz} 0 0 0\ncpu0 1 1 1 1 1 1 1\n")
-    load = read_load(tmp_path)
-    assert load is not None
-    assert load.all == 5.0
+    whole = f"cpu  {hertz} {hertz} {hertz} 999 999 {hertz} {hertz} 0 0 0"
+    each = f"cpu0 1 1 1 9 9 1 1 0 0 0\ncpu1 {2 * hertz} 0 0 9 9 0 0 0 0 0"
+    (tmp_path / "stat").write_text(f"{whole}\n{each}\nintr 5\n")
+    seen = [read_load(tmp_path, cores) for cores in ({0}, {0, 1}, {0, 7})]
+    assert [load and load.all for load in seen] == pytest.approx([5 / hertz, 5 / hertz + 2, 5.0])
     assert read_load(tmp_path / "none") is None
 
 
@@ -55,6 +83,11 @@ def test_threads_at_the_start(wanted, environment, cpus, busy, threads):
     found, said = fair_threads(wanted, environment, cpus, busy)
     assert found == threads
     assert (said is not None) == (found < min(wanted, cpus))
+
+
+def test_a_busy_host_leaves_a_small_quota_alone():
+    assert fair_threads(4, {}, cpus=4, busy=40.0, cores=64) == (4, None)
+    assert fair_threads(4, {}, cpus=4, busy=62.0, cores=64)[0] == 2
 
 
 class Machine:

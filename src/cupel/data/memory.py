@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from cupel.data.decode import Pixels8, quiet_pillow
 from cupel.data.stored import Listing, Stored
 from cupel.errors import DataError
 from cupel.progress import say, track
+from cupel.threads import usable_cpus
 from cupel.types import Dataset
 
 __all__ = ["LazyImages", "OnBad", "balanced", "materialise"]
@@ -189,14 +189,9 @@ def _fill(
     if not threads or len(rows) < 2:
         yield from map(one, range(len(rows)))
         return
-    with ThreadPoolExecutor(min(_MOST_THREADS, _cores())) as pool:
+    with ThreadPoolExecutor(min(_MOST_THREADS, usable_cpus())) as pool:
         for start in range(0, len(rows), _BLOCK):  # in blocks: after an error, what was handed in is still decoded
             yield from pool.map(one, range(start, min(start + _BLOCK, len(rows))))
-
-
-def _cores() -> int:
-    """Cores that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _judge(name: str, bad: dict[int, DataError], total: int, on_bad: OnBad) -> None:

@@ -180,6 +180,8 @@ def _collect(
     notes = []
     if companions["splits"]["shadow_in_pretraining"] == 1.0:
         notes.append("The attacker's shadow images are pre-training images.")
+    if (now := torch.get_num_threads()) != base.threads:
+        notes.append(f"Threads went from {base.threads} to {now}, for others kept the cores busy; digits may differ.")
     targets = [
         {"task": task, "target_class": d.target_class}
         for task, d in zip(task_names(experiment), experiment.downstream, strict=True)
