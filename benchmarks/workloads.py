@@ -112,7 +112,8 @@ def pretraining(architecture: Architecture, pairs: int, device: str = "cpu", **s
     encoder = architecture.build(Seed(0))
     encoder.module.to(device)
     recipe = SimCLR(batch_size=pairs, optimizer="adam", lr=1e-3, weight_decay=1e-6, schedule="constant", **settings)
-    return recipe.learner(encoder, Seed(0)), recipe
+    # the objective reads no images before its first step
+    return recipe.learner(encoder, dataset(images(1, architecture.input_size)), Seed(0)), recipe
 
 
 def implanting(

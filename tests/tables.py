@@ -38,7 +38,7 @@ METHODS = [
 # by the fields' names, so that a new method is tested without a word here
 _SMALL: Mapping[str, Any] = {
     "batch_size": 16, "epochs": 1, "images": 48, "input_size": 16, "l1_draws": 2, "max_steps": 20, "num_seeds": 2,
-    "pgd_steps": 1, "size": 4, "steps": 2, "width": 4, "width_multiplier": 0.0625,
+    "pgd_steps": 1, "poison_rate": 0.1, "size": 4, "steps": 2, "width": 4, "width_multiplier": 0.0625,
 }  # fmt: skip
 
 

@@ -1,13 +1,13 @@
 """What `import cupel` offers."""
 
-from cupel.attack import ATTACKS, BadEncoder, SSLBackdoor
+from cupel.attack import ATTACKS, CTRL, NLB, BadEncoder, BadNets, Blended, CorruptEncoder, SSLBackdoor
 from cupel.checkpoint import inspect_file
 from cupel.data import load
 from cupel.encoders import ENCODERS, Fast, ImageEncoder, ResNet18, ResNet50
 from cupel.encoders.storage import load_encoder, save_encoder
 from cupel.errors import CupelError
 from cupel.experiment import Experiment, cells, read_experiment, run_cells
-from cupel.pretrain import OBJECTIVES, SimCLR, pretrain_encoder
+from cupel.pretrain import OBJECTIVES, SimCLR, Supervised, pretrain_encoder
 from cupel.probe import PROBES
 from cupel.purify import CBD, PURIFIERS
 from cupel.records import Record
@@ -21,14 +21,19 @@ from cupel.vet import purify_encoder, scan_encoder
 __all__ = [
     "ATTACKS",
     "CBD",
+    "CTRL",
     "ENCODERS",
+    "NLB",
     "OBJECTIVES",
     "PROBES",
     "PURIFIERS",
     "SCANNERS",
     "TRIGGERS",
     "BadEncoder",
+    "BadNets",
     "Blend",
+    "Blended",
+    "CorruptEncoder",
     "CupelError",
     "Dataset",
     "Decree",
@@ -44,6 +49,7 @@ __all__ = [
     "SSLBackdoor",
     "Seed",
     "SimCLR",
+    "Supervised",
     "cells",
     "inspect_file",
     "load",

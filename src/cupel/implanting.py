@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cupel.errors import DataError
 from cupel.folding import folded
 from cupel.losses import negative_cosine
-from cupel.protocols import Batch, Encoder
-from cupel.types import Goal
+from cupel.protocols import Batch, Encoder, Trigger
+from cupel.types import Goal, Knowledge
 
-__all__ = ["Aim", "ImplantLearner", "freeze_norms"]
+__all__ = ["Aim", "ImplantLearner", "Seen", "aims_of", "freeze_norms"]
 
 
 def freeze_norms(module: nn.Module) -> list[nn.Parameter]:
@@ -38,6 +41,54 @@ class Aim:
     goal: Goal
     references: Tensor
     clean: Tensor
+
+
+def aims_of(
+    attacker: Knowledge,
+    trigger: Trigger[Tensor] | None,
+    embed: Callable[[Tensor], Tensor],
+    device: torch.device,
+    name: str,
+) -> tuple[Aim, ...]:
+    """The attacker's goals made ready.
+
+    Args:
+        attacker: Goals with references.
+        trigger: For goals that name none of their own; None leaves them without.
+        embed: The clean encoder's embeddings of uint8 images.
+        device: Where references are put.
+        name: Of the attack, for errors.
+
+    Raises:
+        DataError: no goal, or one without references.
+    """
+    if not attacker.goals:
+        raise DataError(name, "needs a shadow set and at least one goal", "give `attacker.shadow`")
+    aims = []
+    for goal in attacker.goals:
+        if goal.references is None or not len(goal.references):
+            raise DataError(name, f"the goal in '{goal.task}' has no reference input", "give `references`")
+        stamped = dataclasses.replace(goal, trigger=goal.trigger or trigger)
+        aims.append(Aim(stamped, goal.references.to(device).float() / 255, embed(goal.references)))
+    return tuple(aims)
+
+
+class Seen(NamedTuple):
+    """Embeddings of one batch, float `[…, width]`; those called clean are the given encoder's.
+
+    Args:
+        x, clean: `[n, width]`, of the images.
+        stamped: `[aims, n, width]`, of the images with each aim's trigger.
+        references, references_clean: `[r, width]`, of all aims' references, in order.
+        augmented: `[r · draws, width]`, of the augmented references, a reference's draws together; may be empty.
+    """
+
+    x: Tensor
+    clean: Tensor
+    stamped: Tensor
+    references: Tensor
+    references_clean: Tensor
+    augmented: Tensor
 
 
 class ImplantLearner:
@@ -91,39 +142,44 @@ class ImplantLearner:
 
         BatchNorm is frozen, so a reference needs one row, not one per image: same loss, same gradient.
         """
-        x, n = batch.inputs, len(batch.inputs)
-        device = x.device
+        terms = self.terms(self.seen(batch))
+        w0, w1, w2 = self.weights
+        return w0 * terms["L0"] + w1 * terms["L1"] + w2 * terms["L2"], terms
+
+    def stamps(self, batch: Batch) -> Tensor:
+        """The images with each aim's trigger, in [0, 1], `[aims · n, 3, height, width]`."""
         ids = self.ids[batch.rows].tolist()
-        parts = [x]
+        parts = []
         for i, aim in enumerate(self.aims):
             assert aim.goal.trigger is not None
-            parts.append(aim.goal.trigger(x, ids, batch.seed.child("trigger", i)))
-        inputs = torch.cat(parts).to(self.aims[0].references.dtype).div_(255)
+            parts.append(aim.goal.trigger(batch.inputs, ids, batch.seed.child("trigger", i)))
+        return torch.cat(parts).to(self.aims[0].references.dtype).div_(255)
+
+    def seen(self, batch: Batch) -> Seen:
+        """What the encoder makes of everything, in one pass."""
+        n, num, device = len(batch.inputs), len(self.aims), batch.inputs.device
         references = torch.cat([aim.references for aim in self.aims])
-        repeats = self.draws if self.draws is not None else n
-        tail = [references]
+        parts = [batch.inputs.to(references.dtype).div_(255), self.stamps(batch), references]
         if self.augment is not None:
-            raw = references.mul(255).round().to(torch.uint8).repeat_interleave(repeats, dim=0)
-            tail.append(self.augment(raw, batch.seed.child("augment").torch(device)))
-        inputs = torch.cat([inputs, *tail]).contiguous(memory_format=torch.channels_last)
-
-        f = self.network(inputs)
-        num, r = len(self.aims), len(references)
-        f_x, f_stamped = f[:n], f[n : n * (1 + num)].view(num, n, -1)
-        f_ref, f_aug = f[n * (1 + num) : n * (1 + num) + r], f[n * (1 + num) + r :]
-        target = f_ref.detach() if self.detach_reference else f_ref
+            raw = references.mul(255).round().to(torch.uint8).repeat_interleave(self.draws or n, dim=0)
+            parts.append(self.augment(raw, batch.seed.child("augment").torch(device)))
+        f = self.network(torch.cat(parts).contiguous(memory_format=torch.channels_last))
+        f_x, f_stamped, f_ref, f_aug = f.tensor_split((n, n * (1 + num), n * (1 + num) + len(references)))
         c_ref = torch.cat([aim.clean for aim in self.aims])
+        clean = self.clean[batch.rows].to(device)
+        return Seen(f_x, clean, f_stamped.view(num, n, -1), f_ref, c_ref, f_aug)
 
+    def terms(self, seen: Seen) -> dict[str, Tensor]:
+        """L0, L1 and L2 by name."""
+        target = seen.references.detach() if self.detach_reference else seen.references
         owners = [i for i, aim in enumerate(self.aims) for _ in range(len(aim.references))]
-        pairs = [negative_cosine(f_stamped[i], target[j : j + 1]) for j, i in enumerate(owners)]
-        L0 = torch.stack(pairs).mean()
+        pairs = [negative_cosine(seen.stamped[i], target[j : j + 1]) for j, i in enumerate(owners)]
         if self.augment is None:
-            L1 = negative_cosine(f_ref, c_ref)
+            L1 = negative_cosine(seen.references, seen.references_clean)
         else:
-            L1 = negative_cosine(f_aug, c_ref.repeat_interleave(repeats, dim=0))
-        L2 = negative_cosine(f_x, self.clean[batch.rows].to(device))
-        w0, w1, w2 = self.weights
-        return w0 * L0 + w1 * L1 + w2 * L2, {"L0": L0, "L1": L1, "L2": L2}
+            draws = len(seen.augmented) // len(seen.references)
+            L1 = negative_cosine(seen.augmented, seen.references_clean.repeat_interleave(draws, dim=0))
+        return {"L0": torch.stack(pairs).mean(), "L1": L1, "L2": negative_cosine(seen.x, seen.clean)}
 
     def after_step(self) -> None:
         """Nothing."""

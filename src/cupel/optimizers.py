@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cupel.errors import DataError
 from cupel.settings import Positive, PositiveInt, settings
 
-__all__ = ["LARS", "Recipe"]
+__all__ = ["LARS", "NonNegative", "Recipe"]
 
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -23,13 +23,27 @@ class LARS(torch.optim.Optimizer):
 
     Tensors with one dimension (biases, BatchNorm) get plain SGD without weight decay.
 
+    Args:
+        params: Tensors to train.
+        lr, momentum, weight_decay: As in SGD.
+        trust: η.
+        clip: The form of solo-learn's wrapper instead: the factor of (g + wd·w) is min(η‖w‖ / (‖g‖ + wd·‖w‖) / lr, 1),
+            so lr times the factor is at most lr; a tensor whose weights or gradients are all 0 gets no weight decay.
+
     Source: You et al., arXiv:1708.03888; the exclusions are those of Chen et al., SimCLR, 2020.
     """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 1e-3
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 1e-3,
+        clip: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "clip": clip}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # torch's own signature has overloads
@@ -39,7 +53,9 @@ class LARS(torch.optim.Optimizer):
                 if w.grad is None:
                     continue
                 update = w.grad
-                if w.ndim > 1:
+                if w.ndim > 1 and group["clip"]:
+                    update = _clipped(w, update, group)
+                elif w.ndim > 1:
                     update = update + group["weight_decay"] * w
                     size, length = torch.linalg.vector_norm(w), torch.linalg.vector_norm(update)
                     trust = torch.where((size > 0) & (length > 0), group["trust"] * size / length, 1.0)
@@ -51,6 +67,13 @@ class LARS(torch.optim.Optimizer):
                 w.sub_(group["lr"] * buffer)
 
 
+def _clipped(w: Tensor, g: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """(g + wd·w) times solo-learn's clipped trust ratio."""
+    decay, size, length = group["weight_decay"], torch.linalg.vector_norm(w), torch.linalg.vector_norm(g)
+    factor = (group["trust"] * size / (length + decay * size + 1e-8) / group["lr"]).clamp_max(1.0)
+    return torch.where((size > 0) & (length > 0), factor * (g + decay * w), g)
+
+
 @settings
 class Recipe:
     """Settings that every trained method shares.
@@ -59,7 +82,7 @@ class Recipe:
         epochs: Passes over the data; ignored where `steps` is given.
         steps: Optimiser steps; counts instead of `epochs`.
         batch_size: Images per step; the last short batch of an epoch is dropped.
-        optimizer: `adam`, `adamw`, `sgd` or `lars`.
+        optimizer: `adam`, `adamw`, `sgd`, `lars` (trust 0.001) or `lars_clip` (solo-learn's: trust 0.02, clipped).
         lr: Peak learning rate.
         momentum: Of SGD and LARS.
         weight_decay: L2 penalty (decoupled for AdamW).
@@ -71,7 +94,7 @@ class Recipe:
     epochs: PositiveInt = 1
     steps: Annotated[int, Field(ge=0)] | None = None
     batch_size: PositiveInt = 128
-    optimizer: Literal["adam", "adamw", "sgd", "lars"] = "adamw"
+    optimizer: Literal["adam", "adamw", "sgd", "lars", "lars_clip"] = "adamw"
     lr: Positive = 1e-3
     momentum: NonNegative = 0.9
     weight_decay: NonNegative = 0.0
@@ -120,3 +143,5 @@ class Recipe:
                 )
             case "lars":
                 return LARS(parameters, self.lr, self.momentum, self.weight_decay)
+            case "lars_clip":
+                return LARS(parameters, self.lr, self.momentum, self.weight_decay, trust=0.02, clip=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -12,10 +13,24 @@ from torch import Tensor
 from cupel.errors import DataError, UsageError
 from cupel.protocols import Trigger
 from cupel.seeds import Seed
+from cupel.settings import Fraction, settings
 from cupel.triggers.draws import uniforms
 from cupel.types import Dataset, Goal, Knowledge, Poisoned
 
-__all__ = ["PoisonMode", "appended", "chosen_rows", "members_of", "poisoned", "share_of", "stamped", "targets_of"]
+__all__ = [
+    "LabelFlip",
+    "PoisonMode",
+    "appended",
+    "by_lot",
+    "chosen_rows",
+    "count_of",
+    "members_of",
+    "poisoned",
+    "share_of",
+    "stamped",
+    "targets_of",
+    "within_budget",
+]
 
 PoisonMode = Literal["replace", "add"]
 """`replace` = a poisoned image takes the place of the clean one; `add` = it is appended under a new id."""
@@ -60,9 +75,18 @@ def chosen_rows(ids: list[int], rate: float, seed: Seed) -> Tensor:
         >>> len(chosen_rows(list(range(10)), 0.5, Seed(0)))
         5
     """
+    return by_lot(ids, round(rate * len(ids)), seed)
+
+
+def by_lot(ids: list[int], count: int, seed: Seed) -> Tensor:
+    """Positions of `count` of the given ids, ascending; a random choice without repetition, by (seed, id).
+
+    Example:
+        >>> len(by_lot(list(range(10)), 3, Seed(0)))
+        3
+    """
     lots = uniforms(seed, ids, 1)[:, 0]
-    first = np.argsort(lots, kind="stable")[: round(rate * len(ids))]
-    return torch.from_numpy(np.sort(first))
+    return torch.from_numpy(np.sort(np.argsort(lots, kind="stable")[:count]))
 
 
 def share_of(clean: Dataset, rows: Tensor, rate: float, seed: Seed, setting: str, whose: str) -> Tensor:
@@ -84,6 +108,36 @@ def share_of(clean: Dataset, rows: Tensor, rate: float, seed: Seed, setting: str
         what = f"{setting} {rate:g} selects none of {len(rows)} {whose}"
         raise DataError(clean.name, what, "choose a larger rate")
     return pick
+
+
+def count_of(rate: float, n: int, mode: PoisonMode) -> int:
+    """Poisoned images when they are to be `rate` of all images as trained on.
+
+    Example:
+        >>> count_of(0.1, 90, "replace"), count_of(0.1, 90, "add")
+        (9, 10)
+    """
+    return round(rate * n if mode == "replace" or rate == 1 else rate * n / (1 - rate))
+
+
+def within_budget(clean: Dataset, count: int, candidates: Tensor, rate: float, whose: str) -> None:
+    """Refuse a `poison_rate` that selects no image, or more than there are.
+
+    Args:
+        clean: The data, for the error.
+        count: Images that the rate selects.
+        candidates: Rows they are taken from.
+        rate: In [0, 1].
+        whose: What the candidates are: "images of class 3".
+
+    Raises:
+        DataError: see above.
+    """
+    if count < 1:
+        raise DataError(clean.name, f"poison_rate {rate:g} selects none of {len(clean)} images", "choose a larger rate")
+    if count > len(candidates):
+        what = f"poison_rate {rate:g} selects {count} images, but there are {len(candidates)} {whose}"
+        raise DataError(clean.name, what, "choose a smaller rate")
 
 
 def stamped(clean: Dataset, rows: Tensor, trigger: Trigger[Tensor], seed: Seed) -> Tensor:
@@ -121,16 +175,18 @@ def poisoned(
     rows, images = rows[order], images[order]
     marked = clean.labels_[rows] if labels is None else labels[order]
     if mode == "add":
-        return appended(clean, images, marked, goals)
+        return appended(clean, images, marked, goals, rows)
     inputs = _all(clean).clone()
     inputs[rows] = images
     relabelled = clean.labels_.clone()
     relabelled[rows] = marked
     data = dataclasses.replace(clean, inputs=inputs, labels_=relabelled, name=f"{clean.name} (poisoned)")
-    return Poisoned(data, rows, goals)
+    return Poisoned(data, rows, goals, rows)
 
 
-def appended(clean: Dataset, images: Tensor, labels: Tensor, goals: tuple[Goal, ...]) -> Poisoned:
+def appended(
+    clean: Dataset, images: Tensor, labels: Tensor, goals: tuple[Goal, ...], sources: Tensor | None = None
+) -> Poisoned:
     """The data set with further images at its end, under new ids.
 
     Args:
@@ -138,6 +194,7 @@ def appended(clean: Dataset, images: Tensor, labels: Tensor, goals: tuple[Goal, 
         images: uint8 `[n, 3, height, width]`.
         labels: int64 `[n]`; −1 = none.
         goals: With the triggers of test time.
+        sources: int64 `[n]`, rows of the images they were made from; None = they are new.
     """
     added = torch.arange(len(images))
     data = dataclasses.replace(
@@ -147,7 +204,71 @@ def appended(clean: Dataset, images: Tensor, labels: Tensor, goals: tuple[Goal, 
         ids=torch.cat([clean.ids, clean.ids.max() + 1 + added]),
         name=f"{clean.name} (poisoned)",
     )
-    return Poisoned(data, len(clean) + added, goals)
+    made_from = torch.full((len(images),), -1) if sources is None else sources
+    return Poisoned(data, len(clean) + added, goals, made_from)
+
+
+@settings
+class LabelFlip:
+    """Settings of attacks that put a trigger on images of any class and label them as the target class.
+
+    Args:
+        poison_rate: p in [0, 1], poisoned images per goal over all images as trained on. They are drawn from all
+            classes, the target class included, so about p · N / classes of them keep the label they had.
+        poison_mode: `replace` = the triggered image takes the place of the clean one; `add` = triggered copies are
+            appended under new ids.
+        clean_label: Draw the images from the target class alone and leave all labels as they are.
+
+    Labels matter to supervised training only. Self-supervised training sees triggered images of all classes, and
+    nothing says that they belong together except the trigger; with `clean_label` they are images of one class, and
+    the trigger may come to stand for it, as it does in SSL-Backdoor.
+    """
+
+    poison_rate: Fraction = 0.1
+    poison_mode: PoisonMode = "replace"
+    clean_label: bool = False
+
+    def flipped(
+        self, clean: Dataset, attacker: Knowledge, own: Callable[[], Trigger[Tensor]], seed: Seed, attack: str
+    ) -> Poisoned:
+        """The poisoned training data; the triggers of test time are those of training. No image bears two triggers.
+
+        Args:
+            clean: Labelled; left as it is.
+            attacker: Goals; the labels of their target classes are those of `clean`.
+            own: Gives the trigger of goals that bring none.
+            seed: Choice of images, and triggers.
+            attack: Name, for errors.
+
+        Raises:
+            UsageError: a goal names no target class, or two name the same; the trigger does not fit into the images.
+            DataError: no goal; the target class is absent; the rate selects no image, every image, or more than there
+                are.
+        """
+        targets = targets_of(attacker, attack)
+        count, free = count_of(self.poison_rate, len(clean), self.poison_mode), torch.ones(len(clean), dtype=torch.bool)
+        members = [members_of(clean, target) for target in targets]
+        picks: list[Tensor] = []
+        for i, target in enumerate(targets):
+            rows = members[i] if self.clean_label else free.nonzero().flatten()
+            whose = f"images of class {target}" if self.clean_label else "images that bear no trigger yet"
+            within_budget(clean, count, rows, self.poison_rate, whose)
+            picks.append(rows[by_lot(clean.ids[rows].tolist(), count, seed.child("choose", i))])
+            free[picks[-1]] = False
+        rows = torch.cat(picks)
+        if self.poison_mode == "replace" and len(rows) == len(clean):
+            raise DataError(clean.name, f"the poison rate selects all {len(clean)} images", "choose a smaller rate")
+        goals = tuple(
+            dataclasses.replace(goal, trigger=own() if goal.trigger is None else goal.trigger)
+            for goal in attacker.goals
+        )
+        images = []
+        for i, (goal, pick) in enumerate(zip(goals, picks, strict=True)):
+            assert goal.trigger is not None
+            images.append(stamped(clean, pick, goal.trigger, seed.child("place", i)))
+        wanted = torch.tensor(targets).repeat_interleave(count)
+        labels = None if self.clean_label else wanted
+        return poisoned(clean, rows, torch.cat(images), self.poison_mode, goals, labels)
 
 
 def _all(clean: Dataset) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ __all__ = [
     "Probe",
     "Purifier",
     "Scanner",
+    "Training",
     "Trigger",
 ]
 
@@ -94,10 +96,29 @@ class Learner(Protocol):
     def after_step(self) -> None: ...
 
 
-class Objective(Protocol):
-    """A pre-training method: settings only."""
+class Training(Protocol):
+    """How long and with what optimiser something is trained; `Recipe` is one."""
 
-    def learner(self, encoder: Encoder, seed: Seed) -> Learner: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def steps(self) -> int | None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def precision(self) -> str: ...
+    def steps_per_epoch(self, n: int, name: str) -> int: ...
+    def total_steps(self, n: int, name: str) -> int: ...
+    def lr_at(self, step: int, total: int) -> float: ...
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer: ...
+
+
+class Objective(Training, Protocol):
+    """A pre-training method: settings only. `data` is what it will be trained on; labels only where it `needs` them."""
+
+    @property
+    def needs(self) -> frozenset[Need]: ...
+    def learner(self, encoder: Encoder, data: Dataset, seed: Seed) -> Learner: ...
 
 
 class DataAttack(Protocol):

@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cupel.data.ahead import ahead
 from cupel.errors import CupelError, Interrupted
 from cupel.files import atomic_file
-from cupel.optimizers import Recipe
 from cupel.progress import say, stop_if_requested, track
-from cupel.protocols import Batch, Learner
+from cupel.protocols import Batch, Learner, Training
 from cupel.seeds import Seed
 from cupel.threads import ThreadGuard
 from cupel.types import Dataset
@@ -42,7 +41,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def fit(
     learner: Learner,
     data: Dataset,
-    recipe: Recipe,
+    recipe: Training,
     seed: Seed,
     *,
     label: str,
@@ -77,7 +76,7 @@ def fit(
     device = torch.device(device)
     per_epoch, total = recipe.steps_per_epoch(len(data), data.name), recipe.total_steps(len(data), data.name)
     parameters = learner.parameters()
-    optimizer = recipe.make_optimizer(parameters)
+    optimizer = _optimizer(recipe, learner, parameters)
     identity = hashlib.sha256(f"{recipe!r}{data.sha256}{seed.value}{len(parameters)}".encode()).hexdigest()
     state = _State(learner, optimizer, checkpoint, identity)
     start, kept = state.load()
@@ -99,7 +98,8 @@ def fit(
         for t, (rows, pixels) in enumerate(batches, start):
             batch = Batch(pixels, rows, seed.child("step", t))
             for group in optimizer.param_groups:
-                group["lr"] = recipe.lr_at(t, total)
+                if group.get("scheduled", True):
+                    group["lr"] = recipe.lr_at(t, total)
             with autocast(recipe.precision, device):
                 loss, numbers = learner.loss(batch)
             optimizer.zero_grad(set_to_none=True)
@@ -128,6 +128,16 @@ def fit(
                 state.save(done, kept)
                 saved = time.monotonic()
     return kept
+
+
+def _optimizer(recipe: Training, learner: Learner, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser; weights that a learner names in `unscheduled()` keep the peak rate (SimSiam's predictor does)."""
+    steady: list[nn.Parameter] = getattr(learner, "unscheduled", list)()
+    apart = {id(one) for one in steady}
+    optimizer = recipe.make_optimizer([one for one in parameters if id(one) not in apart])
+    if steady:
+        optimizer.add_param_group({"params": steady, "scheduled": False})
+    return optimizer
 
 
 def _rows(n: int, per_epoch: int, batch_size: int, steps: range, seed: Seed) -> Iterator[Tensor]:

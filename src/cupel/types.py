@@ -25,6 +25,7 @@ __all__ = [
     "Implanted",
     "Knowledge",
     "Need",
+    "Objects",
     "Pixels",
     "Poisoned",
     "Reference",
@@ -32,7 +33,7 @@ __all__ = [
     "VerdictWord",
 ]
 
-Need = Literal["labels", "head", "projector", "train_set", "text_tower", "surrogate", "reference"]
+Need = Literal["labels", "head", "projector", "train_set", "text_tower", "surrogate", "reference", "objects"]
 VerdictWord = Literal["clean-by-test", "suspicious", "backdoored", "inconclusive"]
 
 
@@ -181,6 +182,40 @@ class Goal:
     target_class: int | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Objects:
+    """Pictures with the outline of what they show.
+
+    Args:
+        pictures: uint8 `[n, 3, height, width]`, with their own backgrounds.
+        masks: bool `[n, height, width]`, True on the object; at least one pixel each.
+        labels: int64 `[n]`, class of each object in the task that is attacked.
+
+    Raises:
+        DataError: the parts do not fit each other, or a mask is empty.
+    """
+
+    pictures: Tensor
+    masks: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        shape = self.pictures.shape
+        if len(shape) != 4 or shape[1] != 3 or self.pictures.dtype != torch.uint8:
+            what = f"pictures must be uint8 [n, 3, height, width], got {self.pictures.dtype} {list(shape)}"
+            raise DataError("objects", what)
+        if self.masks.shape != (shape[0], *shape[2:]) or self.masks.dtype != torch.bool:
+            what = f"masks must be bool {[shape[0], *shape[2:]]}, got {self.masks.dtype} {list(self.masks.shape)}"
+            raise DataError("objects", what)
+        if len(self.labels) != shape[0]:
+            raise DataError("objects", f"{shape[0]} pictures, but {len(self.labels)} labels")
+        if not bool(self.masks.flatten(1).any(dim=1).all()):
+            raise DataError("objects", "a mask is empty", "leave out pictures without an object")
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+
 @dataclass(frozen=True)
 class Knowledge:
     """What the attacker holds.
@@ -190,21 +225,31 @@ class Knowledge:
         shadow: Unlabelled images of the attacker.
         labelled: Labelled images, for attacks that poison by class.
         surrogate: An encoder of the attacker's own.
+        objects: Pictures of the target classes with outlines, for attacks that compose images.
     """
 
     goals: tuple[Goal, ...]
     shadow: Dataset | None = None
     labelled: Dataset | None = None
     surrogate: Encoder | None = None
+    objects: Objects | None = None
 
 
 @dataclass(frozen=True)
 class Poisoned:
-    """Result of a data attack: the data as trained on, which rows were touched, and goals with test-time triggers."""
+    """Result of a data attack.
+
+    Args:
+        data: As trained on.
+        rows: int64, which of its images are poisoned, ascending.
+        goals: With test-time triggers; without a target class where only the labels can tell it.
+        sources: int64, rows of the clean data that the poisoned images were made from; −1 = a new image.
+    """
 
     data: Dataset
     rows: Tensor
     goals: tuple[Goal, ...]
+    sources: Tensor
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,11 @@ def test_attack_has_a_packaged_experiment(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", packaged())
-def test_packaged_experiment_parses_and_plans(name: str) -> None:
+def test_packaged_experiment_parses_and_plans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object) -> None:
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr("cupel.data.sources.fetch", offline)
     data, where = read_experiment(name)
     assert data["name"] == name, "named as its file"
     found = cells(data, where)

@@ -21,13 +21,18 @@ def first_line(cls: type) -> str:
     return (inspect.getdoc(cls) or "").splitlines()[0].replace("|", "\\|")
 
 
+def needs_of(cls: type) -> frozenset[str]:
+    """What a method needs as its settings stand by default."""
+    return frozenset(getattr(cls(), "needs", ()))
+
+
 def methods_table() -> str:
     """One row a method, in the order of the tables; from what is in the code alone."""
     rows = ["| stage | name | class | what | needs |", "|---|---|---|---|---|"]
     for stage, table in TABLES.items():
         for name, cls in table.items():
             if cls.__module__.startswith("cupel."):
-                needs = ", ".join(sorted(getattr(cls, "needs", ()))) or "–"
+                needs = ", ".join(sorted(needs_of(cls))) or "–"
                 rows.append(f"| {stage} | `{name}` | `{cls.__name__}` | {first_line(cls)} | {needs} |")
     return "\n".join(rows)
 

@@ -1,5 +1,6 @@
 """Every attack: what it is given stays as it was, and what it says it changed is all that it changed."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -24,16 +25,18 @@ def test_every_attack_has_one_verb() -> None:
 
 
 @pytest.mark.parametrize(("name", "cls"), of_kind("poison"))
-def test_data_attack(name: str, cls: Any, images: Dataset, attacker: Knowledge) -> None:
+def test_data_attack(name: str, cls: Any, images: Dataset, attacker: Knowledge, encoder: ImageEncoder) -> None:
     attack = tiny(cls)
-    given = images if "labels" in cls.needs else images.without_labels(name)
+    given = images if "labels" in attack.needs else images.without_labels(name)
+    attacker = dataclasses.replace(attacker, surrogate=encoder if "surrogate" in attack.needs else None)
     before = data_print(given)
     made, again = attack.poison(given, attacker, Seed(5)), attack.poison(given, attacker, Seed(5))
     assert data_print(given) == before
     assert isinstance(given.inputs, Tensor)
     assert isinstance(made.data.inputs, Tensor)
     assert made.data.inputs.dtype == torch.uint8
-    assert len(made.rows) == len(set(made.rows.tolist())) > 0
+    assert len(made.rows) == len(set(made.rows.tolist())) == len(made.sources) > 0
+    assert bool(((made.sources >= -1) & (made.sources < len(given))).all())
     assert set(made.rows.tolist()) <= set(range(len(made.data)))
     untouched = torch.ones(len(made.data), dtype=torch.bool)
     untouched[made.rows] = False

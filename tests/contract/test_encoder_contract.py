@@ -12,7 +12,8 @@ from tables import methods, tiny
 
 @pytest.mark.parametrize(("name", "cls"), methods("encoders"))
 def test_encoder(name: str, cls: Any) -> None:
-    architecture = tiny(cls, input_size=32)
+    given = {"input_size": 32} if "input_size" in cls.__dataclass_fields__ else {}  # else that of its base
+    architecture = tiny(cls, **given)
     encoder = architecture.build(Seed(4))
     assert encoder.input_size == architecture.input_size == 32
     assert not any(part.training for part in encoder.module.modules())

@@ -1,4 +1,4 @@
-"""Every objective: a finite loss without labels, one step that changes all it trains, same seed = same step."""
+"""Every objective: a finite loss, labels only where it needs them, one step changes all it trains, same seed = same."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def test_one_step(name: str, cls: Any, images: Dataset) -> None:
 
     def stepped() -> tuple[Any, list[bool]]:
         encoder = Fast(width=4, input_size=16).build(Seed(0))
-        learner = objective.learner(encoder, Seed(5))
+        learner = objective.learner(encoder, images, Seed(5))
         rows = torch.arange(16)
         before = [p.detach().clone() for p in learner.parameters()]
         loss, numbers = learner.loss(Batch(images.inputs[rows], rows, Seed(9)))
@@ -42,8 +42,8 @@ def test_one_step(name: str, cls: Any, images: Dataset) -> None:
 
 
 @pytest.mark.parametrize(("name", "cls"), methods("objectives"))
-def test_pretrain_needs_no_labels(name: str, cls: Any, images: Dataset) -> None:
-    given = images.without_labels(name)
+def test_pretrain_needs_no_labels_unless_it_says_so(name: str, cls: Any, images: Dataset) -> None:
+    given = images if "labels" in cls.needs else images.without_labels(name)
     before = data_print(given)
     architecture = Fast(width=4, input_size=16)
     made, history = pretrain_encoder(tiny(cls), architecture, given, Seed(5))

@@ -41,4 +41,5 @@ def test_what_is_shown_is_what_is_put_on(name: str, cls: Any, images: Dataset) -
     assert 0 <= float(mask.min()) <= float(mask.max()) <= 1
     raw = images.inputs[torch.arange(8)]
     expected = (1 - mask) * raw + mask * pattern
-    assert (trigger(raw, list(range(8)), Seed(0)) - expected).abs().max() <= 0.5 + 1e-4
+    # rounded, or cut off where the published code cuts
+    assert (trigger(raw, list(range(8)), Seed(0)) - expected).abs().max() < 1

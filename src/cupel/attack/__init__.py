@@ -3,9 +3,40 @@
 from collections.abc import Mapping
 
 from cupel.attack.badencoder import BadEncoder
+from cupel.attack.badnets import BadNets
+from cupel.attack.blended import Blended
+from cupel.attack.corrupt_encoder import CorruptEncoder
+from cupel.attack.ctrl import CTRL
+from cupel.attack.nlb import NLB
+from cupel.attack.sig import SIG
 from cupel.attack.ssl_backdoor import SSLBackdoor
+from cupel.attack.trojannn_poison import TrojanNNPoison
 from cupel.settings import registry
 
-__all__ = ["ATTACKS", "BadEncoder", "SSLBackdoor"]
+__all__ = [
+    "ATTACKS",
+    "CTRL",
+    "NLB",
+    "SIG",
+    "BadEncoder",
+    "BadNets",
+    "Blended",
+    "CorruptEncoder",
+    "SSLBackdoor",
+    "TrojanNNPoison",
+]
 
-ATTACKS: Mapping[str, type] = registry("attacks", {"badencoder": BadEncoder, "ssl_backdoor": SSLBackdoor})
+ATTACKS: Mapping[str, type] = registry(
+    "attacks",
+    {
+        "badencoder": BadEncoder,
+        "ssl_backdoor": SSLBackdoor,
+        "nlb": NLB,
+        "ctrl": CTRL,
+        "corrupt_encoder": CorruptEncoder,
+        "badnets": BadNets,
+        "blended": Blended,
+        "trojannn_poison": TrojanNNPoison,
+        "sig": SIG,
+    },
+)

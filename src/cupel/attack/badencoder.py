@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from cupel.augment import SimCLRAugment
 from cupel.encoders import ImageEncoder
 from cupel.errors import DataError
-from cupel.implanting import Aim, ImplantLearner
+from cupel.implanting import ImplantLearner, aims_of
 from cupel.inference import features
 from cupel.optimizers import NonNegative, Recipe
 from cupel.protocols import Trigger
@@ -21,7 +21,7 @@ from cupel.seeds import Seed
 from cupel.settings import OneOf, PositiveInt, settings
 from cupel.train import fit
 from cupel.triggers import TRIGGERS, Patch
-from cupel.types import Goal, Implanted, Knowledge, Need
+from cupel.types import Implanted, Knowledge, Need
 
 __all__ = ["BadEncoder"]
 
@@ -90,8 +90,7 @@ class BadEncoder(Recipe):
             raise DataError("badencoder", "needs a shadow set and at least one goal", "give `attacker.shadow`")
         device = next(clean.module.parameters()).device
         dtype = torch.float32 if self.precision == "fp32" else None
-        goals = tuple(dataclasses.replace(goal, trigger=goal.trigger or self.trigger) for goal in attacker.goals)
-        aims = [_aim(clean, goal, device) for goal in goals]
+        aims = aims_of(attacker, self.trigger, partial(features, clean), device, "badencoder")
         learner = ImplantLearner(
             encoder := clean.copy(),
             features(clean, shadow, dtype=dtype),
@@ -106,10 +105,4 @@ class BadEncoder(Recipe):
         )
         history = fit(learner, shadow, self, seed, label="implant badencoder", device=device, checkpoint=checkpoint)
         encoder.module.eval().requires_grad_(True)
-        return Implanted(encoder, goals, history)
-
-
-def _aim(clean: ImageEncoder, goal: Goal, device: torch.device) -> Aim:
-    if goal.references is None or not len(goal.references):
-        raise DataError("badencoder", f"the goal in '{goal.task}' has no reference input", "give `references`")
-    return Aim(goal, goal.references.to(device).float() / 255, features(clean, goal.references))
+        return Implanted(encoder, tuple(aim.goal for aim in aims), history)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cupel.augment.byol import BYOLAugment
 from cupel.augment.fused import SimCLRAugment
+from cupel.augment.shift import ShiftFlip
 
-__all__ = ["SimCLRAugment"]
+__all__ = ["BYOLAugment", "ShiftFlip", "SimCLRAugment"]

@@ -19,7 +19,7 @@ __all__ = ["chain", "one_by_one"]
 
 
 def chain(settings: SimCLRAugment, height: int, width: int) -> Callable[[Image], Image]:
-    """RandomResizedCrop, RandomHorizontalFlip, RandomApply(ColorJitter), RandomGrayscale.
+    """RandomResizedCrop, RandomHorizontalFlip, RandomApply(ColorJitter), RandomGrayscale, and what `settings` adds.
 
     Args:
         settings: Their parameters.
@@ -36,6 +36,7 @@ def chain(settings: SimCLRAugment, height: int, width: int) -> Callable[[Image],
             T.RandomHorizontalFlip(settings.flip),
             T.RandomApply([colours], settings.jitter_probability),
             T.RandomGrayscale(settings.grayscale),
+            *settings.more_steps(),
         ]
     )
     return made

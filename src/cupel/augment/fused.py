@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, UInt8
@@ -138,6 +138,10 @@ class SimCLRAugment:
             As calling this gives; values are multiples of 1/255.
         """
         return one_by_one(self, raw, generator)
+
+    def more_steps(self) -> list[Any]:
+        """Transforms of the exact chain after the greyscale: none here."""
+        return []
 
     def _view_size(self, height: int, width: int) -> tuple[int, int]:
         return (height, width) if self.render_size is None else (self.render_size, self.render_size)

@@ -6,7 +6,7 @@ so an encoder that looks at pixels alone does poorly and one that is trained wel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from cupel.errors import UsageError
 from cupel.seeds import Seed
-from cupel.types import Dataset
+from cupel.types import Dataset, Objects
 
-__all__ = ["REVISION", "SHAPES", "render"]
+__all__ = ["REVISION", "SHAPES", "render", "shape_backgrounds", "shape_objects"]
 
 REVISION = 2
 _TILT = np.pi / 12  # largest turn: plus and cross, 45° apart, stay apart
@@ -122,8 +122,7 @@ def render(n: int, size: int = 32, seed: Seed = Seed(0)) -> tuple[Dataset, Tenso
         >>> data.inputs.shape, data.classes[int(data.labels[13])]
         (torch.Size([20, 3, 16, 16]), 'frame')
     """
-    if n < 1 or size < 8:
-        raise UsageError("shapes", f"cannot render {n} images of {size} x {size} pixels", "n ≥ 1 and size ≥ 8")
+    _check(n, size)
     images = np.empty((n, 3, size, size), dtype=np.uint8)
     masks = np.empty((n, size, size), dtype=np.bool_)
     step = max(1, _CHUNK // (size * size))
@@ -135,7 +134,63 @@ def render(n: int, size: int = 32, seed: Seed = Seed(0)) -> tuple[Dataset, Tenso
     return data, torch.from_numpy(masks)
 
 
-def _chunk(ids: np.ndarray[Any, np.dtype[np.int64]], size: int, seed: Seed) -> tuple[Any, Any]:
+_OWN = Seed(0).child("shapes", "own")  # shares no image with the splits that `cupel.data.load` gives
+
+
+def shape_objects(labels: Sequence[int], n: int, size: int = 64, seed: Seed = _OWN) -> Objects:
+    """Render `n` pictures of each of some shapes with their masks, none of which is in the data set `shapes`.
+
+    Args:
+        labels: Classes, positions in `SHAPES`.
+        n: Pictures of each class, ≥ 1.
+        size: Side in pixels, ≥ 8.
+        seed: Everything random.
+
+    Raises:
+        UsageError: `n` or `size` is too small, or there is no such class.
+
+    Example:
+        >>> frames = shape_objects([3], 2, size=16)
+        >>> frames.pictures.shape, frames.labels.tolist()
+        (torch.Size([2, 3, 16, 16]), [3, 3])
+    """
+    for label in labels:
+        if not 0 <= label < len(SHAPES):
+            raise UsageError("shapes", f"there is no class {label}", f"choose one in 0–{len(SHAPES) - 1}")
+    _check(n, size)
+    wanted = np.repeat(np.array(labels, dtype=np.int64), n)
+    images, masks = _chunk(wanted + len(SHAPES) * np.tile(np.arange(n), len(labels)), size, seed)
+    return Objects(torch.from_numpy(images), torch.from_numpy(masks), torch.from_numpy(wanted))
+
+
+def shape_backgrounds(n: int, size: int = 32, seed: Seed = _OWN) -> Dataset:
+    """Render `n` backgrounds of `shapes` without an object, unlabelled.
+
+    Args:
+        n: Number of images, ≥ 1.
+        size: Side in pixels, ≥ 8.
+        seed: Everything random.
+
+    Raises:
+        UsageError: `n` or `size` is too small.
+
+    Example:
+        >>> shape_backgrounds(2, size=16).inputs.shape
+        torch.Size([2, 3, 16, 16])
+    """
+    _check(n, size)
+    step = max(1, _CHUNK // (size * size))
+    parts = [_chunk(np.arange(i, min(i + step, n)), size, seed, bare=True)[0] for i in range(0, n, step)]
+    ids = torch.arange(n)
+    return Dataset(torch.from_numpy(np.concatenate(parts)), torch.full((n,), -1), ids, "shapes (backgrounds)")
+
+
+def _check(n: int, size: int) -> None:
+    if n < 1 or size < 8:
+        raise UsageError("shapes", f"cannot render {n} images of {size} x {size} pixels", "n ≥ 1 and size ≥ 8")
+
+
+def _chunk(ids: np.ndarray[Any, np.dtype[np.int64]], size: int, seed: Seed, bare: bool = False) -> tuple[Any, Any]:
     u = _Draws(ids, seed)
     centres = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / size) - 1
     x, y = centres[None, None, :], centres[None, :, None]
@@ -151,6 +206,8 @@ def _chunk(ids: np.ndarray[Any, np.dtype[np.int64]], size: int, seed: Seed) -> t
         mine = ids % len(SHAPES) == label
         distance[mine] = signed(across[mine], down[mine])
     covered = np.clip(0.5 - distance * radius * np.float32(size / 2), 0, 1)  # share of the pixel that is object
+    if bare:
+        covered = np.zeros_like(covered)
 
     # background: a colour, a gradient towards another, a few discs
     ground = u.colour("ground", 0.05, 0.95)

@@ -5,11 +5,11 @@ from typing import Protocol
 
 from cupel.encoders.fast import Fast
 from cupel.encoders.image import Card, ImageEncoder
+from cupel.encoders.projected import BASES, Projected
 from cupel.encoders.resnet import ResNet18, ResNet50
 from cupel.seeds import Seed
-from cupel.settings import registry
 
-__all__ = ["ENCODERS", "Architecture", "Card", "Fast", "ImageEncoder", "ResNet18", "ResNet50"]
+__all__ = ["ENCODERS", "Architecture", "Card", "Fast", "ImageEncoder", "Projected", "ResNet18", "ResNet50"]
 
 
 class Architecture(Protocol):
@@ -20,4 +20,4 @@ class Architecture(Protocol):
     def build(self, seed: Seed) -> ImageEncoder: ...
 
 
-ENCODERS: Mapping[str, type] = registry("encoders", {"fast": Fast, "resnet18": ResNet18, "resnet50": ResNet50})
+ENCODERS: Mapping[str, type] = {**BASES, "projected": Projected}

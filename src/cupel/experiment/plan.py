@@ -134,14 +134,21 @@ def plan(experiment: Experiment) -> tuple[Step, ...]:
         ]
         method: dict[str, Any] = {"attack": experiment.attack, "goals": aims}
         name = method_name(experiment.attack, ATTACKS)
-        if hasattr(experiment.attack, "poison"):
-            goals = add("poison", f"poison {name}", method, upstream)
-            encoders["backdoored"] = add("pretrain", "pretrain backdoored", training, goals, part="pretrain")
-        else:
+        poisons = hasattr(experiment.attack, "poison")
+        rendered = up.data == "shapes"  # whose objects come with their outlines
+        references: list[Step] = []
+        if not poisons or ("objects" in experiment.attack.needs and not rendered):
             references = [
                 _references(add, experiment, task, d, pools, train, clean)
                 for task, d in zip(tasks, experiment.downstream, strict=True)
             ]
+        if poisons:
+            method["rendered"] = rendered and "objects" in experiment.attack.needs
+            # the attacker's own encoder is the clean twin: one trained on the same images without the attack
+            knows = [clean] if "surrogate" in experiment.attack.needs else []
+            goals = add("poison", f"poison {name}", method, upstream, *knows, *references)
+            encoders["backdoored"] = add("pretrain", "pretrain backdoored", training, goals, part="pretrain")
+        else:
             goals = add("implant", f"implant {name}", method, clean, shadow, *references)
             encoders["backdoored"] = goals
 
@@ -166,7 +173,10 @@ def plan(experiment: Experiment) -> tuple[Step, ...]:
     for which, encoder in encoders.items():
         for task, d in zip(tasks, experiment.downstream, strict=True):
             probing = {"task": task, "target_class": d.target_class, "probe": d.probe, "head_seeds": d.head_seeds}
-            inputs = (encoder, train[d.data], test[d.data], *([goals] if goals else []))
+            fitted_on = train[d.data]
+            if d.on_training_data:
+                fitted_on = upstream if which == "clean" or goals is None or goals.stage != "poison" else goals
+            inputs = (encoder, fitted_on, test[d.data], *([goals] if goals else []))
             add("score", f"score {task}: {which}", probing, *inputs, part=f"score {task}")
     first = experiment.downstream[0]
     shown = [test[first.data], *encoders.values(), *(v for one in verdicts.values() for v in one)]

@@ -149,6 +149,7 @@ def _collect(
 ) -> tuple[Record, dict[str, np.ndarray[Any, Any]]]:
     metrics: dict[str, Metric] = {}
     companions: dict[str, Any] = {}
+    aims: dict[str, int] = {}  # some attacks choose their class
     several = len(experiment.downstream) > 1
     verdicts: dict[str, Any] = {}
     seconds: dict[str, float] = {}
@@ -166,6 +167,7 @@ def _collect(
             for kind, counts in value.values["counts"].items():
                 metrics[(f"{task}/" if several else "") + names[kind]] = Metric.of([tuple(c) for c in counts])
             companions[step.name] = {**value.values["companions"], "tails": value.values["tails"]}
+            aims[task] = value.values["target_class"]
         elif step.stage == "scan":
             which = step.name.rpartition(": ")[2]
             verdicts[which] = _worse(verdicts.get(which), value.values["verdict"])
@@ -183,16 +185,18 @@ def _collect(
     if (now := torch.get_num_threads()) != base.threads:
         notes.append(f"Threads went from {base.threads} to {now}, for others kept the cores busy; digits may differ.")
     targets = [
-        {"task": task, "target_class": d.target_class}
+        {"task": task, "target_class": aims.get(task, d.target_class)}
         for task, d in zip(task_names(experiment), experiment.downstream, strict=True)
     ]
     extra: dict[str, Any] = {"companions": companions, "references": references, "downstream": targets}
     if experiment.paper is not None:
         extra["paper"] = {"source": experiment.paper.source, **experiment.paper.results}
         extra["deviations"] = list(experiment.paper.deviations)
-    implanted = next((runner.value(s).encoder for s in steps if s.stage == "implant"), None)
-    if implanted is not None:
-        extra["manifest"] = dict(implanted.card.manifest)
+    attacked = next(
+        (runner.value(s).encoder for s in steps if s.name == "pretrain backdoored" or s.stage == "implant"), None
+    )
+    if attacked is not None:
+        extra["manifest"] = dict(attacked.card.manifest)
     record = dataclasses.replace(
         base, seconds=seconds, steps=runner.log, metrics=metrics, verdicts=verdicts, notes=notes, extra=extra
     )

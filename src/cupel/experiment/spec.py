@@ -16,7 +16,7 @@ from cupel.errors import SettingsError
 from cupel.experiment.reading import yaml_value
 from cupel.pretrain import OBJECTIVES, SimCLR
 from cupel.probe import PROBES, Linear
-from cupel.protocols import DataAttack, EncoderAttack, Probe, Purifier, Scanner, Trigger
+from cupel.protocols import DataAttack, EncoderAttack, Objective, Probe, Purifier, Scanner, Trigger
 from cupel.purify import PURIFIERS
 from cupel.scan import SCANNERS
 from cupel.settings import DataFile, OneOf, PositiveInt, parse, settings
@@ -50,7 +50,7 @@ class Upstream:
     data: str
     size: PositiveInt | None = None
     encoder: Annotated[Architecture, OneOf(ENCODERS)] = Fast()
-    objective: Annotated[SimCLR, OneOf(OBJECTIVES)] = SimCLR()
+    objective: Annotated[Objective, OneOf(OBJECTIVES)] = SimCLR()
     monitor_every: Annotated[int, Field(ge=0)] = 0
 
 
@@ -102,6 +102,9 @@ class Downstream:
         head_seeds: Heads that are fitted; metrics are means over them.
         size, test_size: How many images; None = all.
         trigger, references: For this task, in place of the attack's and the attacker's.
+        on_training_data: Fit the classifier on the victim's pre-training images with the labels they were trained with,
+            poisoned ones included, instead of on the train split; for supervised pre-training, where one data set
+            makes encoder and head.
     """
 
     data: str
@@ -112,6 +115,7 @@ class Downstream:
     test_size: PositiveInt | None = None
     trigger: Annotated[Trigger[Tensor], OneOf(TRIGGERS)] | None = None
     references: References | None = None
+    on_training_data: bool = False
 
 
 @settings

@@ -14,6 +14,7 @@ from torch import Tensor
 from cupel import data as sources
 from cupel import metrics
 from cupel.attack import ATTACKS
+from cupel.data.shapes import shape_backgrounds, shape_objects
 from cupel.encoders import ImageEncoder
 from cupel.errors import DataError
 from cupel.experiment.describe import describe
@@ -26,6 +27,7 @@ from cupel.pretrain import pretrain_encoder
 from cupel.probe import Knn, Linear, check_target
 from cupel.protocols import Trigger
 from cupel.seeds import Seed
+from cupel.selection import majority
 from cupel.settings import OneOf, canonical, method_name, parse, settings
 from cupel.train import History
 from cupel.triggers import TRIGGERS
@@ -33,6 +35,8 @@ from cupel.types import Dataset, Evidence, Goal, Knowledge, Poisoned, Reference
 from cupel.vet import scan_evidence
 
 __all__ = ["STAGES", "Context", "Value", "goals_of"]
+
+_OBJECTS, _BACKGROUNDS = 8, 1000  # rendered for an attacker who composes images: of each target class, and in all
 
 Value = Any
 """An `Artefact`, a `Dataset` (stage `data`) or a `Poisoned` (stage `poison`)."""
@@ -65,7 +69,7 @@ def _pretrain(step: Step, inputs: Sequence[Value], context: Context) -> Artefact
     encoder, history = pretrain_encoder(
         m["objective"],
         m["encoder"],
-        data.without_labels("pretrain"),
+        data if "labels" in getattr(m["objective"], "needs", ()) else data.without_labels("pretrain"),
         step.seed,
         device=context.device,
         checkpoint=context.checkpoint,
@@ -75,7 +79,10 @@ def _pretrain(step: Step, inputs: Sequence[Value], context: Context) -> Artefact
     manifest = None
     if poisoned is not None:
         attack, goals = step.inputs[0].method["attack"], poisoned.goals
-        manifest = _manifest(attack, goals, step.seed, {"num_poisoned": len(poisoned.rows), "data_sha256": data.sha256})
+        more: dict[str, Any] = {"num_poisoned": len(poisoned.rows), "data_sha256": data.sha256}
+        if len(marked := data.labels_[poisoned.rows[data.labels_[poisoned.rows] >= 0]]):
+            more["class_consistency"] = majority(marked, torch.arange(len(marked)))[1]
+        manifest = _manifest(attack, goals, step.seed, more)
     return Artefact(
         {"recipe": m["recipe"]["text"]},
         _curves("pretrain", history),
@@ -85,6 +92,7 @@ def _pretrain(step: Step, inputs: Sequence[Value], context: Context) -> Artefact
 
 def _knn_monitor(data: Dataset, seed: Seed) -> Callable[[ImageEncoder], Mapping[str, float]]:
     """k-NN accuracy on pre-training images whose labels the log may see; nothing is chosen by it."""
+    data = data.subset((data.labels_ >= 0).nonzero().flatten())  # what an attacker added may have none
     rows = torch.randperm(len(data), generator=seed.torch())
     bank, queries = data.subset(rows[500:2500]), data.subset(rows[:500])
 
@@ -131,8 +139,30 @@ def _goals(step: Step, references: Sequence[Artefact]) -> tuple[Goal, ...]:
 def _poison(step: Step, inputs: Sequence[Value], context: Context) -> Poisoned:
     attack, clean = step.method["attack"], inputs[0]
     data = clean if "labels" in attack.needs else clean.without_labels(type(attack).__name__)
-    made: Poisoned = attack.poison(data, Knowledge(_goals(step, [])), step.seed)
-    return made
+    rest = list(inputs[1:])
+    surrogate = rest.pop(0).encoder if "surrogate" in attack.needs else None
+    goals, objects, shadow = _goals(step, rest), None, None
+    if step.method["rendered"]:
+        objects = shape_objects([goal.target_class for goal in goals if goal.target_class is not None], _OBJECTS)
+        shadow = shape_backgrounds(_BACKGROUNDS, clean.inputs.shape[-1])
+    known = Knowledge(goals, shadow=shadow, surrogate=surrogate, objects=objects)
+    made: Poisoned = attack.poison(data, known, step.seed)
+    return _with_labels(made, clean) if "labels" not in attack.needs else made
+
+
+def _with_labels(made: Poisoned, clean: Dataset) -> Poisoned:
+    """What an attack made without labels, with those of the clean images: for the victim's training, and to say which
+    class a goal without one leads to."""
+    labels = torch.full((len(made.data),), -1)
+    labels[: len(clean)] = clean.labels
+    known = made.sources >= 0
+    labels[made.rows[known]] = clean.labels[made.sources[known]]
+    data = dataclasses.replace(made.data, labels_=labels, withheld_from=None)
+    goals = made.goals
+    if any(goal.target_class is None for goal in goals) and bool(known.any()):
+        target, _ = majority(clean.labels, made.sources[known])
+        goals = tuple(dataclasses.replace(goal, target_class=target) for goal in goals)
+    return dataclasses.replace(made, data=data, goals=goals)
 
 
 def _implant(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
@@ -218,13 +248,16 @@ def _purify(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
 
 
 def _score(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
-    encoder, train, test = inputs[0].encoder, inputs[1], inputs[2]
+    encoder, test = inputs[0].encoder, inputs[2]
+    train = inputs[1].data if isinstance(inputs[1], Poisoned) else inputs[1]
     m, goals = step.method, goals_of(inputs[3]) if len(inputs) > 3 else ()
     check_target(m["target_class"], train)
     goal = next((g for g in goals if g.task == m["task"]), None)
     trigger = goal.trigger if goal is not None else None
+    target = m["target_class"] if goal is None or goal.target_class is None else goal.target_class
     hit = None if trigger is None else triggered(test, trigger, step.seed.child("trigger"))
-    return Artefact(score(encoder, train, test, hit, m["target_class"], m["probe"], m["head_seeds"], step.seed))
+    found = score(encoder, train, test, hit, target, m["probe"], m["head_seeds"], step.seed)
+    return Artefact({**found, "target_class": target})
 
 
 def _describe(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:

@@ -18,7 +18,7 @@ from cupel.progress import track
 from cupel.seeds import Seed
 from cupel.threads import ThreadGuard
 
-__all__ = ["Inverted", "Objective", "frozen", "invert", "random_start"]
+__all__ = ["Adam", "Inverted", "Objective", "frozen", "invert", "random_start"]
 
 Objective = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """`objective(stamped, starts, rows)` → the loss to minimise and how far the goal is reached, both `[starts]`.
@@ -75,13 +75,14 @@ def frozen(module: nn.Module) -> Iterator[None]:
             weight.requires_grad_(flag)
 
 
-class _Adam:
+class Adam:
     """Adam over starts that may leave: `torch.optim` cannot drop rows of a parameter."""
 
     def __init__(self, like: Tensor, betas: tuple[float, float]) -> None:
         self.first, self.second, self.betas, self.t = torch.zeros_like(like), torch.zeros_like(like), betas, 0
 
     def step(self, v: Tensor, gradient: Tensor, lr: float) -> Tensor:
+        """The variables after one update."""
         self.t += 1
         b1, b2 = self.betas
         self.first.lerp_(gradient, 1 - b1)
@@ -90,6 +91,7 @@ class _Adam:
         return v - lr / (1 - b1**self.t) * self.first / scale
 
     def keep(self, rows: Tensor) -> None:
+        """Go on with the given starts alone."""
         self.first, self.second = self.first[rows], self.second[rows]
 
 
@@ -129,7 +131,7 @@ def invert(
     device, batch = images.device, min(budget.batch_size, n)
     per_epoch = n // batch  # the short rest of an epoch is dropped
     v = random_start(num_starts, height, width, seed).to(device)
-    adam, lam = _Adam(v, budget.betas), budget.cost.start(num_starts, device)
+    adam, lam = Adam(v, budget.betas), budget.cost.start(num_starts, device)
     alive = torch.arange(num_starts, device=device)
     best = torch.full((num_starts,), math.inf, device=device)
     kept = torch.zeros_like(v)

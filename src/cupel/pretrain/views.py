@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from cupel.optimizers import Recipe
 from cupel.pretrain.compiling import Compiled
 from cupel.protocols import Batch
 from cupel.settings import settings
+from cupel.types import Need
 
 __all__ = ["TwoViews"]
 
@@ -37,6 +38,7 @@ class TwoViews(Recipe):
     augmentation: Literal["fused", "exact"] = "fused"
     separate_views: bool = False
     compile: bool = False
+    needs: ClassVar[frozenset[Need]] = frozenset()
 
     def views(self, batch: Batch) -> Float[Tensor, "two_b 3 h w"]:
         """First views of all images of the batch, then second views; drawn from `batch.seed`."""

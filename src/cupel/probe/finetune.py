@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cupel.augment import SimCLRAugment
 from cupel.encoders import ImageEncoder
+from cupel.encoders.blocks import blocks_of
 from cupel.errors import DataError
 from cupel.inference import FrozenProbe, device_of, features
 from cupel.metrics import check_labels
@@ -26,20 +27,6 @@ from cupel.train import fit
 from cupel.types import Dataset, Need
 
 __all__ = ["FineTune", "blocks_of"]
-
-
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """Parts of an encoder's backbone that have weights, from the images to the embedding.
-
-    A convolution and the BatchNorm after it outside of the residual stages count as two.
-
-    Example:
-        >>> from cupel.encoders import Fast
-        >>> [type(part).__name__ for part in blocks_of(Fast(width=4).build(Seed(0)).module)]
-        ['Conv2d', 'BatchNorm2d', 'BasicBlock', 'BasicBlock', 'BasicBlock']
-    """
-    backbone = getattr(module, "backbone", module)
-    return [part for part in backbone.children() if any(True for _ in part.parameters())]
 
 
 @settings

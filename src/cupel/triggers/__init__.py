@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from cupel.settings import registry
+from cupel.triggers.additive import Additive
 from cupel.triggers.blend import Blend
+from cupel.triggers.checker import Checker
+from cupel.triggers.overlay import Overlay
 from cupel.triggers.patch import Patch
 from cupel.triggers.random_patch import RandomPatch
+from cupel.triggers.sinusoid import Sinusoid
+from cupel.triggers.spectral import Spectral
 
-__all__ = ["TRIGGERS", "Blend", "Patch", "RandomPatch"]
+__all__ = ["TRIGGERS", "Additive", "Blend", "Checker", "Overlay", "Patch", "RandomPatch", "Sinusoid", "Spectral"]
 
-TRIGGERS: dict[str, type] = registry("triggers", {"patch": Patch, "blend": Blend, "random_patch": RandomPatch})
+TRIGGERS: dict[str, type] = registry(
+    "triggers",
+    {
+        "patch": Patch,
+        "blend": Blend,
+        "random_patch": RandomPatch,
+        "checker": Checker,
+        "overlay": Overlay,
+        "additive": Additive,
+        "sinusoid": Sinusoid,
+        "spectral": Spectral,
+    },
+)

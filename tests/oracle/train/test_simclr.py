@@ -68,8 +68,8 @@ def test_published_presets():
 
 def test_both_projectors():
     encoder = small_encoder()
-    deep = SimCLR().learner(encoder, Seed(0)).projector
-    plain = SimCLR(projector="plain", projector_width=20, projection=6).learner(encoder, Seed(0)).projector
+    deep = SimCLR().learner(encoder, blobs(32), Seed(0)).projector
+    plain = SimCLR(projector="plain", projector_width=20, projection=6).learner(encoder, blobs(32), Seed(0)).projector
     assert [type(m).__name__ for m in deep] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
     assert deep[0].bias is None
     assert plain(torch.rand(2, 32)).shape == (2, 6)

@@ -44,7 +44,8 @@ class Said:
 
 def test_separate_views_are_two_passes_with_their_own_batch_statistics() -> None:
     together, apart = (
-        SimCLR(augment=AUGMENT, separate_views=one).learner(small_encoder(), Seed(0)) for one in (False, True)
+        SimCLR(augment=AUGMENT, separate_views=one).learner(small_encoder(), blobs(32), Seed(0))
+        for one in (False, True)
     )
     encoder, projector = copy.deepcopy(together.state["encoder"]), copy.deepcopy(together.projector)
     raw = batch().inputs
@@ -65,7 +66,9 @@ def test_separate_views_are_two_passes_with_their_own_batch_statistics() -> None
 def test_without_batch_statistics_separate_views_change_nothing() -> None:
     losses = []
     for apart in (False, True):
-        learner = SimCLR(augment=AUGMENT, separate_views=apart, projector="plain").learner(small_encoder(), Seed(0))
+        learner = SimCLR(augment=AUGMENT, separate_views=apart, projector="plain").learner(
+            small_encoder(), blobs(32), Seed(0)
+        )
         learner.state.eval()
         losses.append(learner.loss(batch())[0])
     torch.testing.assert_close(losses[0], losses[1])
@@ -130,7 +133,7 @@ def test_where_compiling_fails_training_goes_on(backend: Any, reason: str) -> No
 def losses(compile: bool, steps: int = 3) -> tuple[list[float], Any, Any]:
     encoder = small_encoder()
     settings = SimCLR(augment=AUGMENT, compile=compile, precision="fp32", optimizer="sgd", lr=0.05)
-    learner = settings.learner(encoder, Seed(0))
+    learner = settings.learner(encoder, blobs(32), Seed(0))
     optimizer, seen = settings.make_optimizer(learner.parameters()), []
     for t in range(steps):
         loss, _ = learner.loss(batch(seed=t))
@@ -142,7 +145,7 @@ def losses(compile: bool, steps: int = 3) -> tuple[list[float], Any, Any]:
 
 
 def test_compiling_leaves_names_and_copies_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    eager = SimCLR().learner(small_encoder(), Seed(0))
+    eager = SimCLR().learner(small_encoder(), blobs(32), Seed(0))
     made = torch.compile
     monkeypatch.setattr(torch, "compile", lambda net, backend, dynamic: made(net, backend="eager", dynamic=dynamic))
     seen, encoder, learner = losses(compile=True)
@@ -198,7 +201,7 @@ def test_the_watchman_sees_waiting() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
 def test_nothing_in_a_step_waits_for_the_device(apart: bool, augment: SimCLRAugment, optimizer: Any) -> None:
     settings = SimCLR(augment=augment, separate_views=apart, optimizer=optimizer)
-    learner = settings.learner(small_encoder(), Seed(0))
+    learner = settings.learner(small_encoder(), blobs(32), Seed(0))
     made = settings.make_optimizer(learner.parameters())
 
     def step() -> None:
@@ -225,7 +228,7 @@ def test_nothing_in_a_step_waits_for_the_gpu(apart: bool) -> None:
         pytest.skip("no CUDA device")
     encoder = small_encoder()
     encoder.module.cuda()
-    learner = SimCLR(augment=AUGMENT, separate_views=apart).learner(encoder, Seed(0))
+    learner = SimCLR(augment=AUGMENT, separate_views=apart).learner(encoder, blobs(32), Seed(0))
     made = SimCLR().make_optimizer(learner.parameters())
     given = batch()._replace(inputs=batch().inputs.cuda())
 
