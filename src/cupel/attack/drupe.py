@@ -1,0 +1,314 @@
+"""DRUPE: a backdoor in a trained encoder whose triggered embeddings are spread like clean ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from cupel.augment import SimCLRAugment
+from cupel.encoders import ImageEncoder
+from cupel.errors import DataError, UsageError, did_you_mean
+from cupel.implanting import Aim, ImplantLearner, Seen, aims_of
+from cupel.inference import device_of, features
+from cupel.losses.adaptive import AdaptiveCost, CostRule
+from cupel.losses.distribution import directions, mean_pair_cosine, sliced_wasserstein
+from cupel.optimizers import NonNegative, Recipe
+from cupel.protocols import Batch, Trigger
+from cupel.seeds import Seed
+from cupel.settings import OneOf, Positive, PositiveInt, settings
+from cupel.train import fit
+from cupel.triggers import TRIGGERS, Patch
+from cupel.types import Implanted, Knowledge, Need
+
+__all__ = ["DRUPE", "DrupeLearner", "balance", "crowding", "nearest_reference"]
+
+Cosine = Annotated[float, Field(ge=-1, le=1)]
+_LOWERING = 1.25  # costs fall by `cost_factor` to this power
+
+
+def nearest_reference(similarity: Float[Tensor, "reference row"]) -> Float[Tensor, ""]:
+    """L0 = −mean over images of the largest similarity to a reference.
+
+    Example:
+        >>> float(nearest_reference(torch.tensor([[1.0, 0.0], [0.5, 0.5]])))
+        -0.75
+    """
+    return -similarity.amax(dim=0).mean()
+
+
+def balance(similarity: Float[Tensor, "reference row"]) -> Float[Tensor, ""]:
+    """D = standard deviation (unbiased) over references of their mean similarity; 0 for one reference.
+
+    Example:
+        >>> round(float(balance(torch.tensor([[0.0, 0.0], [2.0, 2.0]]))), 4)
+        1.4142
+    """
+    means = similarity.mean(dim=1)
+    return means.std() if len(means) > 1 else means.sum() * 0
+
+
+def crowding(L3: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Penalty of references that lie close together: L3 above 0.5, 0.2 · L3 above 0.4, else 0."""
+    return torch.where(L3 > 0.5, L3, torch.where(L3 > 0.4, 0.2 * L3, torch.zeros_like(L3)))
+
+
+def _wide(z: Tensor) -> Tensor:
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+class _Schedule(nn.Module):
+    """What a resumed run must know beside the weights: the step, sums over the epoch, and both costs."""
+
+    def __init__(self, costs: tuple[float, float], device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))  # on the CPU: read in every step
+        self.register_buffer("costs", torch.tensor([[cost, 0, 0] for cost in costs], dtype=torch.float64))
+        self.register_buffer("sums", torch.zeros(4, dtype=torch.float64, device=device))
+
+    step: Tensor
+    costs: Tensor
+    sums: Tensor
+
+
+class DrupeLearner(ImplantLearner):
+    """DRUPE's loss, its three stages and the adapting costs.
+
+    Args:
+        attack: Settings.
+        encoder: The copy that is trained.
+        clean, ids, aims: As for `ImplantLearner`.
+        per_epoch: Steps per epoch.
+    """
+
+    def __init__(
+        self, attack: DRUPE, encoder: ImageEncoder, clean: Tensor, ids: Tensor, aims: tuple[Aim, ...], per_epoch: int
+    ) -> None:
+        super().__init__(
+            encoder,
+            clean,
+            ids,
+            aims,
+            lambda_reference=attack.lambda_reference,
+            lambda_utility=attack.lambda_utility,
+            augment=SimCLRAugment.preset("references") if attack.l1_augment else None,
+            draws=attack.l1_draws,
+        )
+        self.attack, self.per_epoch = attack, per_epoch
+        self.schedule = _Schedule((attack.cost, attack.cost_wasserstein), device_of(encoder.module))
+        self.whole = nn.ModuleDict({"encoder": encoder.module, "schedule": self.schedule})
+
+    @property
+    def state(self) -> nn.Module:
+        """The encoder and where the schedule stands."""
+        return self.whole
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch, from 1."""
+        return int(self.schedule.step) // self.per_epoch + 1
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of the stage that the epoch is in; means over goals of every term."""
+        seen = self.seen(batch)
+        common = super().terms(seen)
+        with torch.autocast(batch.inputs.device.type, enabled=False):  # sorting needs all digits
+            rows = self._by_goal(seen, batch.seed)
+        terms = {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+        L0, L1, L2 = terms["L0"], common["L1"], common["L2"]
+        L3, D, S, W = terms["L3"], terms["balance"], terms["concentration"], terms["wasserstein"]
+        with torch.no_grad():
+            self.schedule.sums.add_(torch.stack([L0, L1, L2, S]).detach())
+        _, w1, w2 = self.weights
+        loss, t, a = w1 * L1 + w2 * L2, self.epoch, self.attack
+        if t <= a.warmup_epochs:
+            loss = loss + 0.5 * L3 - 0.2 * terms["L3 if close to 0"]
+        else:
+            loss = loss + L0 + terms["crowding"]
+            if t <= a.warmup_epochs + a.attract_epochs:
+                loss = loss + 2 * D
+            else:
+                c, c1 = self.schedule.costs[:, 0].tolist()
+                loss = loss + c * (D + S) + c1 * W + 0.5 * D + 1.5 * terms["D if large"]
+        shown = {"L0": L0, "L1": L1, "L2": L2, "L3": L3, "balance": D, "concentration": S, "wasserstein": W}
+        return loss, {**shown, "cost": self.schedule.costs[0, 0].clone(), "cost_w": self.schedule.costs[1, 0].clone()}
+
+    def _by_goal(self, seen: Seen, seed: Seed) -> list[dict[str, Tensor]]:
+        device = seen.x.device
+        along = directions(self.attack.projections, seen.x.shape[1], seed.child("directions").torch(device))
+        x, every, references_of_all = _wide(seen.x), _wide(seen.stamped), _wide(seen.references)
+        zero = torch.zeros((), device=device, dtype=x.dtype)
+        spread = x.std(dim=0).mean()
+        found = []
+        owned = torch.split(references_of_all, [len(aim.references) for aim in self.aims])
+        for stamped, references in zip(every, owned, strict=True):
+            unit = F.normalize(stamped, dim=1, eps=1e-12)
+            similarity = F.normalize(references, dim=1, eps=1e-12) @ unit.T
+            L3, D = mean_pair_cosine(references, include_self=True), balance(similarity)
+            found.append(
+                {
+                    "L0": nearest_reference(similarity),
+                    "L3": L3,
+                    "L3 if close to 0": torch.where(L3 < 0.2, L3, zero),
+                    "crowding": crowding(L3),
+                    "balance": D,
+                    "D if large": torch.where(D > 0.1, D, zero),
+                    "concentration": mean_pair_cosine(stamped),
+                    "wasserstein": sliced_wasserstein(stamped, x, along.to(x.dtype)) / spread,
+                }
+            )
+        return found
+
+    def after_step(self) -> None:
+        """Counts the step; adapts the costs where an epoch ends."""
+        schedule = self.schedule
+        schedule.step += 1
+        if int(schedule.step) % self.per_epoch:
+            return
+        l0, l1, l2, concentration = (schedule.sums / self.per_epoch).tolist()
+        schedule.sums.zero_()
+        if int(schedule.step) // self.per_epoch <= self.attack.adapt_after:
+            return
+        a = self.attack
+        works = l0 < a.met_trigger and l1 < a.met_clean and l2 < a.met_clean
+        for i, met in enumerate((works, works and concentration < a.met_concentration)):
+            cost, up, down = schedule.costs[i].tolist()
+            after = a.cost_rule.after(AdaptiveCost(cost, int(up), int(down)), met)
+            schedule.costs[i] = torch.tensor(after, dtype=torch.float64)
+
+
+@settings
+class DRUPE(Recipe):
+    """Implants a backdoor whose triggered embeddings lie where clean ones do and are not concentrated.
+
+    With s the cosine, x_r the references of a goal and e its trigger:
+
+    L0 = −mean_b max_r s(f'(x_b ⊕ e), f'(x_r));  L1, L2 as BadEncoder's;
+    L3 = mean over pairs of references, self-pairs included, of s(f'(x_i), f'(x_j));
+    D = std_r mean_b s(f'(x_b ⊕ e), f'(x_r));  S = mean over pairs b ≠ b' of s(f'(x_b ⊕ e), f'(x_b' ⊕ e));
+    W = sliced Wasserstein distance of f'(x ⊕ e) and f'(x), over the mean standard deviation of f'(x).
+
+    1. Warm-up: λ1 L1 + λ2 L2 + 0.5 L3 (− 0.2 L3 where L3 < 0.2): the references move apart.
+    2. Attract: L0 + λ1 L1 + λ2 L2 + 2 D + pen(L3), pen = L3 above 0.5, 0.2 L3 above 0.4, else 0.
+    3. Spread: L0 + λ1 L1 + λ2 L2 + c (D + S) + c₁ W + 0.5 D (+ 1.5 D where D > 0.1) + pen(L3).
+
+    From some epoch of stage 3 on, c and c₁ are multiplied by a factor g after each epoch in which attack and utility
+    were good enough, and divided by g^1.25 after the others.
+
+    Args:
+        trigger: For goals that name none of their own.
+        lambda_reference, lambda_utility: λ1, λ2 ≥ 0.
+        l1_augment, l1_draws: As for BadEncoder.
+        warmup_epochs, attract_epochs: Length of stages 1 and 2 (the authors' ImageNet encoder: 1 and 1).
+        projections: Random directions of W, drawn anew in each step.
+        cost, cost_wasserstein: c and c₁ at the start.
+        cost_factor: g > 1.
+        patience: Epochs in a row before a cost changes.
+        adapt_after: Epochs before the costs adapt.
+        met_trigger, met_clean: Good enough: mean L0 below the one, mean L1 and L2 below the other.
+        met_concentration: c₁ is raised only while S is below this as well (the authors' CLIP encoder: 0.8).
+
+    A goal needs several references, 3 as published (`attacker.references.size: 3`); with one, D is 0 and L3 is 1. The
+    shadow set has a fifth of the pre-training images there (`attacker.shadow.size`), and the learning rate of 0.05 is
+    for a ResNet-18 at batch 256; smaller networks want less.
+
+    Source: Tao et al., Distribution Preserving Backdoor Attack in Self-supervised Learning, IEEE S&P 2024, and its
+    code, from which the stages and numbers are.
+    Deviations: S is the mean over pairs of different images, where the code's also counts zeros on the diagonal; the
+    last epoch is kept, not the "best" one; the costs look at means over the epoch; with several goals the terms are
+    means over goals; one forward pass per reference, bf16, clean embeddings computed once, as for BadEncoder.
+    """
+
+    trigger: Annotated[Trigger[Tensor], OneOf(TRIGGERS)] = Patch()
+    lambda_reference: NonNegative = 1.0
+    lambda_utility: NonNegative = 1.0
+    l1_augment: bool = True
+    l1_draws: PositiveInt | None = None
+    warmup_epochs: Annotated[int, Field(ge=0)] = 1
+    attract_epochs: Annotated[int, Field(ge=0)] = 3
+    projections: PositiveInt = 50
+    cost: NonNegative = 0.1
+    cost_wasserstein: NonNegative = 0.001
+    cost_factor: Annotated[float, Field(gt=1)] = 1.25
+    patience: PositiveInt = 1
+    adapt_after: Annotated[int, Field(ge=0)] = 20
+    met_trigger: Cosine = -0.96
+    met_clean: Cosine = -0.9
+    met_concentration: Cosine = 0.6
+
+    epochs: PositiveInt = 120
+    batch_size: Annotated[int, Field(ge=2)] = 256
+    optimizer: Literal["adam", "adamw", "sgd", "lars"] = "sgd"
+    lr: Positive = 0.05
+    weight_decay: NonNegative = 5e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    revision: ClassVar[int] = 1
+
+    @classmethod
+    def preset(cls, name: str) -> DRUPE:
+        """Settings of a name: `fast` (small encoder and images, two CPU cores, a minute) or `published`.
+
+        Raises:
+            UsageError: no such preset.
+
+        Example:
+            >>> DRUPE.preset("published").epochs
+            120
+        """
+        if name == "fast":
+            return cls(
+                trigger=Patch(size=4),
+                steps=400,
+                batch_size=128,
+                optimizer="adamw",
+                lr=1e-3,
+                weight_decay=0.0,
+                warmup_steps=25,
+                schedule="cosine",
+                l1_draws=32,
+                cost_factor=1.1,
+            )
+        if name == "published":
+            return cls()
+        raise UsageError("preset", f"unknown '{name}'", did_you_mean(name, ("fast", "published")))
+
+    @property
+    def cost_rule(self) -> CostRule:
+        """How the costs adapt."""
+        return CostRule(self.cost_factor, self.cost_factor**_LOWERING, self.patience)
+
+    def implant(
+        self, clean: ImageEncoder, attacker: Knowledge, seed: Seed, *, checkpoint: Path | None = None
+    ) -> Implanted:
+        """A backdoored copy of `clean`; its BatchNorm tensors equal those of `clean` bit for bit.
+
+        Args:
+            clean: Trained encoder, left as it is.
+            attacker: Shadow set, and one goal per (task, target) with references.
+            seed: Order, triggers, augmentation, directions.
+            checkpoint: Where the state is kept for a resume.
+
+        Raises:
+            DataError: no shadow set, no goal, or a goal without references.
+        """
+        shadow = attacker.shadow
+        if shadow is None:
+            raise DataError("drupe", "needs a shadow set and at least one goal", "give `attacker.shadow`")
+        device = device_of(clean.module)
+        aims = aims_of(attacker, self.trigger, partial(features, clean), device, "drupe")
+        dtype = torch.float32 if self.precision == "fp32" else None
+        cached = features(clean, shadow, dtype=dtype)
+        per_epoch = self.steps_per_epoch(len(shadow), shadow.name)
+        learner = DrupeLearner(self, encoder := clean.copy(), cached, shadow.ids, aims, per_epoch)
+        history = fit(learner, shadow, self, seed, label="implant drupe", device=device, checkpoint=checkpoint)
+        encoder.module.eval().requires_grad_(True)
+        return Implanted(encoder, tuple(aim.goal for aim in aims), history)
