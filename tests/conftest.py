@@ -14,6 +14,9 @@ _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 if "CUPEL_DATA" not in os.environ and _BESIDE.is_dir():
     os.environ["CUPEL_DATA"] = str(_BESIDE)
 
+# a thread given back to a busy machine in mid-run changes the last bits, which tests compare
+os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+
 _LOCAL = {"", "localhost", "127.0.0.1", "::1", "0.0.0.0", "::"}
 _guarding = [False]
 

@@ -18,7 +18,17 @@ from typing import NamedTuple
 
 from cupel.progress import say
 
-__all__ = ["Load", "ThreadGuard", "allowed_cores", "fair_threads", "others_busy", "read_load", "share", "usable_cpus"]
+__all__ = [
+    "Load",
+    "ThreadGuard",
+    "allowed_cores",
+    "fair_threads",
+    "guarded",
+    "others_busy",
+    "read_load",
+    "share",
+    "usable_cpus",
+]
 
 
 class Load(NamedTuple):
@@ -197,3 +207,8 @@ class ThreadGuard:
                 f"{busy:.1f} cores busy; going on with {fewer} thread{'s' if fewer > 1 else ''}"
             )
             self.fastest = float("inf")
+
+
+def guarded(device: str, get: Callable[[], int], put: Callable[[int], None]) -> ThreadGuard | None:
+    """A guard for a loop on the CPU; none elsewhere, and none where `OMP_NUM_THREADS` says what the user wants."""
+    return ThreadGuard(get, put) if device == "cpu" and "OMP_NUM_THREADS" not in os.environ else None

@@ -19,7 +19,7 @@ from cupel.files import atomic_file
 from cupel.progress import say, stop_if_requested, track
 from cupel.protocols import Batch, Learner, Training
 from cupel.seeds import Seed
-from cupel.threads import ThreadGuard
+from cupel.threads import guarded
 from cupel.types import Dataset
 
 __all__ = ["History", "Watch", "autocast", "fit"]
@@ -93,7 +93,7 @@ def fit(
             raise CupelError(label, f"the loss is not finite before step {done}", "lower `lr`, or use precision fp32")
         return last
 
-    guard = ThreadGuard(torch.get_num_threads, torch.set_num_threads) if device.type == "cpu" else None
+    guard = guarded(device.type, torch.get_num_threads, torch.set_num_threads)
     with track(label, total) as advance, ahead(data.inputs, steps, device) as batches:
         for t, (rows, pixels) in enumerate(batches, start):
             batch = Batch(pixels, rows, seed.child("step", t))

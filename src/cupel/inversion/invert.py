@@ -16,7 +16,7 @@ from cupel.inversion.budget import Budget
 from cupel.inversion.stamping import SPAN, squash, stamp
 from cupel.progress import track
 from cupel.seeds import Seed
-from cupel.threads import ThreadGuard
+from cupel.threads import guarded
 
 __all__ = ["Adam", "Inverted", "Objective", "frozen", "invert", "random_start"]
 
@@ -140,7 +140,7 @@ def invert(
     stale = torch.zeros(num_starts, dtype=torch.int64, device=device)
     order = torch.empty(0)
     epoch_reach = torch.zeros(num_starts, device=device)
-    guard = ThreadGuard(torch.get_num_threads, torch.set_num_threads) if device.type == "cpu" else None
+    guard = guarded(device.type, torch.get_num_threads, torch.set_num_threads)
     with track(label, budget.steps) as advance:
         for step in range(budget.steps):
             epoch, at = divmod(step, per_epoch)

@@ -14,7 +14,7 @@ from cupel.inversion.invert import Adam, random_start
 from cupel.inversion.stamping import squash, stamp
 from cupel.progress import track
 from cupel.seeds import Seed
-from cupel.threads import ThreadGuard
+from cupel.threads import guarded
 
 __all__ = ["Learned", "learn_pattern", "step_sizes", "stepped"]
 
@@ -71,7 +71,7 @@ def learn_pattern(
     w = random_start(1, height, width, seed)[0, 1:].to(device)
     mask = mask.to(device)
     adam, costs, per_pass = Adam(w, betas), list[Tensor](), n // batch
-    guard = ThreadGuard(torch.get_num_threads, torch.set_num_threads) if device.type == "cpu" else None
+    guard = guarded(device.type, torch.get_num_threads, torch.set_num_threads)
     order = torch.empty(0, dtype=torch.int64)
     with torch.enable_grad(), track(label, steps) as advance:
         for step in range(steps):
