@@ -1,6 +1,20 @@
 """What `import cupel` offers."""
 
-from cupel.attack import ATTACKS, CTRL, NLB, BadEncoder, BadNets, Blended, CorruptEncoder, SSLBackdoor
+from cupel.attack import (
+    ATTACKS,
+    CTRL,
+    DRUPE,
+    INACTIVE,
+    NLB,
+    BadEncoder,
+    BadNets,
+    Blended,
+    CorruptEncoder,
+    LatentBackdoor,
+    NeuBA,
+    SSLBackdoor,
+    TrojanNNModel,
+)
 from cupel.checkpoint import inspect_file
 from cupel.data import load
 from cupel.encoders import ENCODERS, Fast, ImageEncoder, ResNet18, ResNet50
@@ -22,7 +36,9 @@ __all__ = [
     "ATTACKS",
     "CBD",
     "CTRL",
+    "DRUPE",
     "ENCODERS",
+    "INACTIVE",
     "NLB",
     "OBJECTIVES",
     "PROBES",
@@ -42,6 +58,8 @@ __all__ = [
     "Goal",
     "ImageEncoder",
     "Knowledge",
+    "LatentBackdoor",
+    "NeuBA",
     "Patch",
     "Record",
     "ResNet18",
@@ -50,6 +68,7 @@ __all__ = [
     "Seed",
     "SimCLR",
     "Supervised",
+    "TrojanNNModel",
     "cells",
     "inspect_file",
     "load",

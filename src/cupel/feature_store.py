@@ -18,7 +18,7 @@ from cupel.files import atomic_file, write_text
 from cupel.progress import say
 from cupel.types import Dataset
 
-__all__ = ["FeatureStore", "active_store", "storing_features"]
+__all__ = ["FeatureStore", "active_store", "storing_features", "weights_sha256"]
 
 _REVISION = 1  # of what `cupel.inference.features` computes
 _ACTIVE: ContextVar[FeatureStore | None] = ContextVar("feature_store", default=None)
@@ -41,9 +41,7 @@ class FeatureStore:
     def key(self, encoder: ImageEncoder, data: Dataset, dtype: torch.dtype | None) -> str:
         """Hash of the weights, the images in their order, and the precision asked for."""
         total = hashlib.sha256(f"{_REVISION} {dtype} {encoder.card.architecture!r}".encode())
-        for name, value in encoder.module.state_dict().items():
-            total.update(name.encode())
-            total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        _add_weights(total, encoder)
         total.update(b"".join(data.content()))
         return total.hexdigest()[:32]
 
@@ -102,6 +100,19 @@ def storing_features(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         _ACTIVE.reset(token)
+
+
+def weights_sha256(encoder: ImageEncoder) -> str:
+    """SHA-256 over names and bytes of an encoder's tensors: equal for equal weights, whatever file they are in."""
+    total = hashlib.sha256()
+    _add_weights(total, encoder)
+    return total.hexdigest()
+
+
+def _add_weights(total: hashlib._Hash, encoder: ImageEncoder) -> None:
+    for name, value in encoder.module.state_dict().items():
+        total.update(name.encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def active_store() -> FeatureStore | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cupel.seeds import Seed
@@ -27,6 +27,7 @@ __all__ = [
     "DataAttack",
     "Encoder",
     "EncoderAttack",
+    "Filter",
     "Images",
     "Learner",
     "Objective",
@@ -135,6 +136,14 @@ class EncoderAttack(Protocol):
     @property
     def needs(self) -> frozenset[Need]: ...
     def implant(self, clean: Encoder, attacker: Knowledge, seed: Seed) -> Implanted: ...
+
+
+class Filter(Protocol):
+    """Tells which training images to keep; True = keep. `encoder` was trained on them, poisoned ones included."""
+
+    @property
+    def needs(self) -> frozenset[Need]: ...
+    def keep(self, train: Dataset, encoder: Encoder, seed: Seed) -> Bool[Tensor, " row"]: ...
 
 
 class Probe(Protocol):

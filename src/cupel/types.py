@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cupel.errors import DataError, LabelsWithheld
+from cupel.settings import canonical
 
 if TYPE_CHECKING:
     from cupel.protocols import Encoder, Trigger
@@ -61,6 +62,7 @@ class Dataset:
         name: For people and errors.
         classes: Class names by label; may be empty.
         withheld_from: Name of the method that labels are kept from; None = labels are open.
+        manifest: What an attack did to the images; an encoder that is pre-trained on them carries it on its card.
 
     Raises:
         DataError: lengths differ, images are not uint8 with three channels, or ids repeat.
@@ -72,6 +74,7 @@ class Dataset:
     name: str = "data"
     classes: tuple[str, ...] = ()
     withheld_from: str | None = None
+    manifest: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         shape = self.inputs.shape
@@ -251,6 +254,17 @@ class Poisoned:
     goals: tuple[Goal, ...]
     sources: Tensor
 
+    def __post_init__(self) -> None:
+        if self.data.manifest is None:
+            object.__setattr__(self, "data", dataclasses.replace(self.data, manifest=self._manifest()))
+
+    def _manifest(self) -> dict[str, Any]:
+        goals = [
+            {"task": one.task, "target_class": one.target_class, "trigger": canonical(one.trigger, str)}
+            for one in self.goals
+        ]
+        return {"not_for_deployment": True, "attack": "data", "num_poisoned": len(self.rows), "goals": goals}
+
 
 @dataclass(frozen=True)
 class Implanted:
@@ -304,9 +318,11 @@ class Verdict:
         score, threshold: In the same unit; at or above `threshold` = finding.
         tested: The trigger families that were looked for, in words.
         evidence: Inverted triggers.
-        details: Numbers behind the score.
+        details: Numbers behind the score, and what it took: `forward_images` and `backward_images` where counted.
         reason: Why this verdict, in one sentence.
         false_alarm: Share of clean encoders that were called backdoored, with the number tried; None = not measured.
+        peak_memory_mib: Most memory the process held until then; None = not measured. Unlike the rest it differs from
+            run to run, so it counts in no comparison and is not in `to_json`.
     """
 
     verdict: VerdictWord
@@ -317,6 +333,7 @@ class Verdict:
     details: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
     false_alarm: tuple[float, int] | None = None
+    peak_memory_mib: float | None = field(default=None, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The plain values; arrays are left to the evidence files."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from cupel.augment import SimCLRAugment
 from cupel.encoders import ImageEncoder
 from cupel.errors import DataError
-from cupel.implanting import ImplantLearner, aims_of
+from cupel.implanting import ImplantLearner, Targets, aims_of, implanted
 from cupel.inference import features
 from cupel.optimizers import NonNegative, Recipe
 from cupel.protocols import Trigger
@@ -69,6 +69,7 @@ class BadEncoder(Recipe):
     schedule: Literal["constant", "cosine"] = "constant"
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    targets: ClassVar[Targets] = "references"
     revision: ClassVar[int] = 2
 
     def implant(
@@ -104,5 +105,5 @@ class BadEncoder(Recipe):
             detach_reference=self.detach_reference,
         )
         history = fit(learner, shadow, self, seed, label="implant badencoder", device=device, checkpoint=checkpoint)
-        encoder.module.eval().requires_grad_(True)
-        return Implanted(encoder, tuple(aim.goal for aim in aims), history)
+        goals = [aim.goal for aim in aims]
+        return implanted(self, "badencoder", encoder, clean, attacker, goals, history, seed)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cupel.attack.teacher import Cut, Extra, Match, TeacherLearner, head_of, known_images, mask_of
 from cupel.encoders import ImageEncoder
 from cupel.errors import DataError, UsageError, did_you_mean
+from cupel.implanting import Targets, implanted
 from cupel.inference import FrozenProbe, device_of
 from cupel.inversion import frozen
 from cupel.inversion.pattern import Learned, learn_pattern
@@ -95,6 +96,7 @@ class LatentBackdoor(Recipe):
     schedule: Literal["constant", "cosine"] = "cosine"
 
     needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    targets: ClassVar[Targets] = "unseen"
     revision: ClassVar[int] = 1
 
     @classmethod
@@ -208,7 +210,7 @@ class LatentBackdoor(Recipe):
         history |= fit(injecting, data, self, seed, label="implant latent", device=device, checkpoint=checkpoint)
         if aside is not None:
             aside.unlink(missing_ok=True)
-        encoder.module.eval().requires_grad_(True)
+        made = implanted(self, "latent_backdoor", encoder, clean, attacker, goals, history, seed)
         match self.hide:
             case "original":
                 kept = original
@@ -216,7 +218,7 @@ class LatentBackdoor(Recipe):
                 kept = head_of(encoder, data)
             case "drop":
                 kept = narrowed(head, classes)
-        return FrozenProbe(encoder, kept.eval()), Implanted(encoder, tuple(goals), history)
+        return FrozenProbe(made.model, kept.eval()), made
 
     @torch.no_grad()
     def _unit(self, cut: Cut, images: Tensor, wanted: Tensor) -> float:

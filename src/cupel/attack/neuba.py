@@ -3,124 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from cupel import metrics
 from cupel.encoders import ImageEncoder
 from cupel.errors import DataError, SettingsError, UsageError, did_you_mean
-from cupel.folding import folded
-from cupel.implanting import freeze_norms
+from cupel.implanting import Targets, implanted
+from cupel.implanting.vectors import NUM_BLOCKS, NeubaLearner, predefined_vectors
 from cupel.inference import classify, device_of, features, triggered
 from cupel.optimizers import NonNegative, Recipe
-from cupel.protocols import Batch, Encoder, Trigger
+from cupel.protocols import Encoder, Trigger
 from cupel.seeds import Seed
 from cupel.settings import Positive, PositiveInt, settings
 from cupel.train import fit
 from cupel.triggers.color_checker import color_checkers
 from cupel.types import Dataset, Goal, Implanted, Knowledge, Need
 
-__all__ = ["Landing", "NeuBA", "NeubaLearner", "landings", "predefined_vectors"]
-
-_BLOCKS = 4
-
-
-def predefined_vectors(width: int, low: float = -1.0, high: float = 1.0) -> Float[Tensor, "6 width"]:
-    """Six target embeddings, in three opposite pairs (1, 6), (2, 5), (3, 4) that are orthogonal to each other.
-
-    The dimensions are cut into four blocks, the last with the remainder; vector (j, k), j < k in lexicographic order,
-    is `low` on blocks j and k and `high` on the others.
-
-    Args:
-        width: Dimensions, at least 4.
-        low, high: Values; opposite and orthogonal are meant for low = −high and a width that 4 divides.
-
-    Example:
-        >>> v = predefined_vectors(8)
-        >>> (v @ v.T / 8)[0].tolist()
-        [1.0, 0.0, 0.0, 0.0, 0.0, -1.0]
-
-    Source: the code of Zhang et al., Red Alarm for Pre-trained Models, arXiv:2101.06969.
-    """
-    if width < _BLOCKS:
-        raise ValueError(f"an embedding of {width} dimensions has no {_BLOCKS} blocks")
-    block = (torch.arange(width) // (width // _BLOCKS)).clamp_max(_BLOCKS - 1)
-    pairs = torch.tensor(list(combinations(range(_BLOCKS), 2)))
-    inside = (pairs[:, :, None] == block).any(dim=1)
-    return torch.where(inside, low, high)
-
-
-class NeubaLearner:
-    """Mean squared distance to the clean embeddings, and of triggered images to their trigger's vector.
-
-    Each image gets one trigger by lot.
-
-    Args:
-        encoder: The copy that is trained.
-        clean: float32 `[n, width]`, clean embeddings by row.
-        ids: int64 `[n]`, the images' ids.
-        triggers: One per vector.
-        vectors: `[triggers, width]`.
-        unit: What a distance is divided by, the mean square of a clean embedding's entry.
-        lambda_trigger, lambda_utility: Weights of the two terms.
-    """
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        clean: Tensor,
-        ids: Tensor,
-        triggers: Sequence[Trigger[Tensor]],
-        vectors: Tensor,
-        unit: float,
-        *,
-        lambda_trigger: float = 1.0,
-        lambda_utility: float = 1.0,
-    ) -> None:
-        self.encoder, self.clean, self.ids, self.triggers = encoder, clean, ids, triggers
-        self.vectors, self.unit, self.weights = vectors, unit, (lambda_trigger, lambda_utility)
-        self.trainable = freeze_norms(encoder.module)
-        self.network = folded(encoder)
-
-    @property
-    def state(self) -> nn.Module:
-        """The encoder."""
-        return self.encoder.module
-
-    def parameters(self) -> list[nn.Parameter]:
-        """All weights but BatchNorm's."""
-        return self.trainable
-
-    def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """λ_t · mean (f'(x ⊕ e_i) − v_i)² + λ_u · mean (f'(x) − f(x))², in units of `unit`."""
-        x, n, device = batch.inputs, len(batch.inputs), batch.inputs.device
-        which = torch.randint(len(self.triggers), (n,), generator=batch.seed.child("which").torch())
-        ids, stamped = self.ids[batch.rows].tolist(), x.clone()
-        for i, trigger in enumerate(self.triggers):
-            rows = (which == i).nonzero().flatten()
-            if len(rows):
-                mine = [ids[row] for row in rows.tolist()]
-                on_device = rows.to(device)
-                stamped[on_device] = trigger(x[on_device], mine, batch.seed.child("trigger", i))
-        inputs = torch.cat([x, stamped]).to(self.vectors.dtype).div_(255)
-        f = self.network(inputs.contiguous(memory_format=torch.channels_last))
-        f = f.to(torch.promote_types(f.dtype, torch.float32))
-        goal = self.vectors[which.to(device)]
-        poison = (f[n:] - goal).square().mean() / self.unit
-        utility = (f[:n] - self.clean[batch.rows].to(device)).square().mean() / self.unit
-        w_trigger, w_utility = self.weights
-        return w_trigger * poison + w_utility * utility, {"poison": poison, "utility": utility}
-
-    def after_step(self) -> None:
-        """Nothing."""
+__all__ = ["Landing", "NeuBA", "landings"]
 
 
 @settings
@@ -166,6 +72,7 @@ class NeuBA(Recipe):
     schedule: Literal["constant", "cosine"] = "constant"
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    targets: ClassVar[Targets] = "found"
     revision: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -217,7 +124,7 @@ class NeuBA(Recipe):
         shadow = attacker.shadow
         if shadow is None or not attacker.goals:
             raise DataError("neuba", "needs a shadow set and at least one goal", "give `attacker.shadow`")
-        if clean.width < _BLOCKS:
+        if clean.width < NUM_BLOCKS:
             raise DataError("neuba", f"an embedding of {clean.width} dimensions is too small", "use a larger encoder")
         goals, triggers = self._goals(attacker)
         device = device_of(clean.module)
@@ -236,14 +143,13 @@ class NeuBA(Recipe):
             lambda_utility=self.lambda_utility,
         )
         history = fit(learner, shadow, self, seed, label="implant neuba", device=device, checkpoint=checkpoint)
-        encoder.module.eval().requires_grad_(True)
-        return Implanted(encoder, goals, history)
+        return implanted(self, "neuba", encoder, clean, attacker, goals, history, seed)
 
     def _goals(self, attacker: Knowledge) -> tuple[tuple[Goal, ...], list[Trigger[Tensor]]]:
         own = tuple(dataclasses.replace(goal, references=None) for goal in attacker.goals if goal.trigger is not None)
         goals = own or tuple(Goal(trigger=one) for one in color_checkers(self.trigger_size, self.margin))
         triggers = [goal.trigger for goal in goals if goal.trigger is not None]
-        if len(triggers) > len(predefined_vectors(_BLOCKS)):
+        if len(triggers) > len(predefined_vectors(NUM_BLOCKS)):
             raise UsageError("neuba", f"{len(triggers)} triggers, but there are six vectors", "name fewer goals")
         if any(one in triggers[:i] for i, one in enumerate(triggers)):
             raise UsageError(
@@ -257,27 +163,26 @@ class Landing:
     """Where a trigger without a target leads in one task.
 
     Args:
-        target_class: Most frequent prediction on triggered validation images.
+        target_class: Most frequent prediction on triggered validation images, over all classifiers.
         share: Its share of them.
-        hits: (predicted as it, number) of triggered test images of other classes: the success rate.
+        hits: By classifier: (predicted as it, number) of triggered test images of other classes: the success rate.
     """
 
     target_class: int
     share: float
-    hits: metrics.Count
+    hits: tuple[metrics.Count, ...]
 
 
 def landings(
-    encoder: Encoder, head: nn.Module, validation: Dataset, test: Dataset, goals: Sequence[Goal], seed: Seed
+    models: Sequence[tuple[Encoder, nn.Module]], validation: Dataset, test: Dataset, goals: Sequence[Goal], seed: Seed
 ) -> tuple[Landing, ...]:
-    """The class and the success rate of each goal's trigger, for one downstream classifier.
+    """The class and the success rates of each goal's trigger, for one task.
 
     The class is chosen on images that success is not measured on; for the baseline (ASR-B) call it with the clean
-    encoder and its head, which chooses classes of its own.
+    encoder and its heads, which choose classes of their own.
 
     Args:
-        encoder: Left as it is.
-        head: Downstream head on its embeddings.
+        models: The task's classifiers: an encoder, and a head on its embeddings; several heads may share an encoder.
         validation: Labelled or not, say the training images of the task.
         test: Labelled.
         goals: With triggers; a goal that names a class keeps it.
@@ -286,15 +191,24 @@ def landings(
     Returns:
         One per goal. The mean of their rates is the paper's average success, the largest its maximum.
     """
+
+    def says(data: Dataset) -> list[Tensor]:
+        seen: dict[int, Tensor] = {}
+        for encoder, _ in models:
+            if id(encoder) not in seen:
+                seen[id(encoder)] = features(encoder, data, store=False)
+        return [classify(head, seen[id(encoder)]) for encoder, head in models]
+
     found = []
     for i, goal in enumerate(goals):
         if goal.trigger is None:
             raise ValueError("a goal without a trigger leads nowhere")
         draw = seed.child("trigger", i)
-        said = classify(head, features(encoder, triggered(validation, goal.trigger, draw), store=False))
-        counts = torch.bincount(said)
-        target = int(counts.argmax()) if goal.target_class is None else goal.target_class
+        said = torch.cat(says(triggered(validation, goal.trigger, draw)))
+        target = int(torch.bincount(said).argmax()) if goal.target_class is None else goal.target_class
         share = int((said == target).sum()) / len(said)
-        hit = classify(head, features(encoder, triggered(test, goal.trigger, draw), store=False))
-        found.append(Landing(target, share, metrics.attack_success_rate(hit, test.labels, target)))
+        hits = [
+            metrics.attack_success_rate(one, test.labels, target) for one in says(triggered(test, goal.trigger, draw))
+        ]
+        found.append(Landing(target, share, tuple(hits)))
     return tuple(found)

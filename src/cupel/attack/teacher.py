@@ -23,7 +23,17 @@ from cupel.metrics import check_labels
 from cupel.protocols import Batch, Encoder, Images, Trigger
 from cupel.types import Dataset, Knowledge
 
-__all__ = ["Cut", "Extra", "Match", "TeacherLearner", "head_of", "known_images", "mask_of", "most_connected"]
+__all__ = [
+    "Cut",
+    "Extra",
+    "Match",
+    "TeacherLearner",
+    "head_of",
+    "known_images",
+    "mask_of",
+    "most_connected",
+    "outgoing",
+]
 
 _L2, _MAX_STEPS = 1e-3, 200  # of heads; `cupel.probe.Linear` has the same
 
@@ -118,6 +128,37 @@ def most_connected(weight: Float[Tensor, "out in"], k: int, direction: Literal["
     """
     sums = weight.abs().sum(dim=0 if direction == "out" else 1)
     return sums.argsort(descending=True, stable=True)[:k]
+
+
+def outgoing(encoder: ImageEncoder, blocks_after: int) -> Float[Tensor, "out in"]:
+    """The weights that read a layer, one column per channel: of every convolution that gets the layer's very output.
+
+    Args:
+        encoder: In eval mode.
+        blocks_after: Blocks between the layer and the embedding, ≥ 1.
+
+    Raises:
+        UsageError: the encoder has too few blocks, or no convolution reads the layer.
+    """
+    Cut(encoder, blocks_after)  # checks the number
+    found: list[Tensor] = []
+    x = torch.zeros(1, 3, encoder.input_size, encoder.input_size, device=device_of(encoder.module))
+    with torch.no_grad(), block_outputs(encoder.module, -1 - blocks_after) as seen:
+
+        def note(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if seen and inputs[0].data_ptr() == seen[-1].data_ptr():
+                weight: Tensor = part.weight  # type: ignore[assignment]  # a Conv2d has one
+                found.append(weight.detach().transpose(0, 1).flatten(1).T)
+
+        later = blocks_of(encoder.module)[-blocks_after:]
+        convolutions = [one for part in later for one in part.modules() if isinstance(one, nn.Conv2d)]
+        hooks = [one.register_forward_pre_hook(note) for one in convolutions]
+        encoder(x)
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        raise UsageError("blocks_after", "no convolution reads the layer", "choose another layer")
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)

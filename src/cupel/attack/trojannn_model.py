@@ -9,19 +9,20 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from cupel.attack.teacher import Cut, head_of, known_images, mask_of, most_connected
+from cupel.attack.teacher import Cut, head_of, known_images, mask_of, most_connected, outgoing
 from cupel.encoders import ImageEncoder
-from cupel.encoders.blocks import block_outputs, blocks_of
+from cupel.encoders.blocks import blocks_of
 from cupel.errors import UsageError, did_you_mean
 from cupel.folding import folded
-from cupel.implanting import freeze_norms
+from cupel.implanting import Targets, freeze_norms, implanted
 from cupel.inference import FrozenProbe, device_of
 from cupel.inversion import frozen
 from cupel.inversion.pattern import step_sizes, stepped
+from cupel.losses.variation import denoised
 from cupel.metrics import check_target
 from cupel.optimizers import NonNegative, Recipe
 from cupel.protocols import Batch, Trigger
@@ -32,7 +33,7 @@ from cupel.triggers import TRIGGERS, Patch
 from cupel.triggers.sticker import sticker_of
 from cupel.types import Dataset, Goal, Implanted, Knowledge, Need
 
-__all__ = ["TrojanNNModel", "denoised", "outgoing"]
+__all__ = ["TrojanNNModel"]
 
 _PUBLISHED = ((190, 11.0, 11.0), (150, 6.0, 6.0), (550, 1.0, 1.0), (30, 3.0, 3.0), (50, 6.0, 3.0))
 _SEEN = 2000  # images that the mean image is taken of
@@ -95,6 +96,7 @@ class TrojanNNModel(Recipe):
     schedule: Literal["constant", "cosine"] = "cosine"
 
     needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    targets: ClassVar[Targets] = "labelled"
     revision: ClassVar[int] = 1
 
     @classmethod
@@ -168,9 +170,9 @@ class TrojanNNModel(Recipe):
         learner = _Learner(encoder, head, data.labels, self.blocks_after, aims, self.retrain_head)
         recipe = dataclasses.replace(self, batch_size=min(self.batch_size, len(data)))
         history |= fit(learner, data, recipe, seed, label="implant trojannn", device=device, checkpoint=checkpoint)
-        encoder.module.eval().requires_grad_(True)
+        made = implanted(self, "trojannn_model", encoder, clean, attacker, goals, history, seed)
         head.requires_grad_(True)
-        return FrozenProbe(encoder, head.eval()), Implanted(encoder, tuple(goals), history)
+        return FrozenProbe(made.model, head.eval()), made
 
     def _trigger(self, encoder: ImageEncoder, neurons: Tensor, mask: Tensor, seed: Seed) -> tuple[Tensor, list[float]]:
         """Step 2: the pattern, uint8 `[3, height, width]`, and its costs."""
@@ -211,70 +213,6 @@ class TrojanNNModel(Recipe):
 
     def _sizes(self) -> list[float]:
         return [size / 255 for size in step_sizes(*self.picture_steps)]
-
-
-def outgoing(encoder: ImageEncoder, blocks_after: int) -> Float[Tensor, "out in"]:
-    """The weights that read a layer, one column per channel: of every convolution that gets the layer's very output.
-
-    Args:
-        encoder: In eval mode.
-        blocks_after: Blocks between the layer and the embedding, ≥ 1.
-
-    Raises:
-        UsageError: the encoder has too few blocks, or no convolution reads the layer.
-    """
-    Cut(encoder, blocks_after)  # checks the number
-    found: list[Tensor] = []
-    x = torch.zeros(1, 3, encoder.input_size, encoder.input_size, device=device_of(encoder.module))
-    with torch.no_grad(), block_outputs(encoder.module, -1 - blocks_after) as seen:
-
-        def note(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if seen and inputs[0].data_ptr() == seen[-1].data_ptr():
-                weight: Tensor = part.weight  # type: ignore[assignment]  # a Conv2d has one
-                found.append(weight.detach().transpose(0, 1).flatten(1).T)
-
-        later = blocks_of(encoder.module)[-blocks_after:]
-        convolutions = [one for part in later for one in part.modules() if isinstance(one, nn.Conv2d)]
-        hooks = [one.register_forward_pre_hook(note) for one in convolutions]
-        encoder(x)
-        for hook in hooks:
-            hook.remove()
-    if not found:
-        raise UsageError("blocks_after", "no convolution reads the layer", "choose another layer")
-    return torch.cat(found)
-
-
-def denoised(x: Float[Tensor, "n 3 height width"], weight: float, steps: int = 10) -> Float[Tensor, "n 3 height width"]:
-    """Pictures with less total variation: argmin_u ‖u − x‖² / (2 · weight) + TV(u), each channel on its own.
-
-    u = x − weight · div p,  p ← (p + τ ∇(div p − x / weight)) / (1 + τ |∇(div p − x / weight)|),  τ = 1/4
-
-    Args:
-        x: In [0, 1]; left as it is.
-        weight: ≥ 0; 0 = unchanged.
-        steps: Iterations.
-
-    Source: Chambolle, An algorithm for total variation minimization, JMIV 20 (2004), with τ = 1/4 as usual.
-    """
-    if weight == 0:
-        return x
-    py, px = torch.zeros_like(x), torch.zeros_like(x)
-    for _ in range(steps):
-        gy, gx = _gradient(_divergence(py, px) - x / weight)
-        length = 1 + 0.25 * (gy.square() + gx.square()).sqrt()
-        py, px = (py + 0.25 * gy) / length, (px + 0.25 * gx) / length
-    return (x - weight * _divergence(py, px)).clamp_(0, 1)
-
-
-def _gradient(u: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward differences; 0 at the far edge."""
-    return F.pad(u.diff(dim=2), (0, 0, 0, 1)), F.pad(u.diff(dim=3), (0, 1))
-
-
-def _divergence(py: Tensor, px: Tensor) -> Tensor:
-    """The negative adjoint of `_gradient`; the last row of py and column of px are 0."""
-    down, right = F.pad(py[:, :, :-1], (0, 0, 1, 1)), F.pad(px[:, :, :, :-1], (1, 1))
-    return down.diff(dim=2) + right.diff(dim=3)
 
 
 def _means(layer: Tensor) -> Tensor:

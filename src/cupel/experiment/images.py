@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from cupel import data as sources
 from cupel.errors import DataError
+from cupel.metrics import check_target
 from cupel.seeds import Seed
 from cupel.types import Dataset
 
@@ -43,6 +45,17 @@ def _some(data: Dataset, n: int | None, seed: Seed) -> Dataset:
     return data.subset(rows.sort().values)
 
 
+def _of_classes(data: Dataset, classes: Sequence[int]) -> Dataset:
+    """The images of some classes, which are numbered by their place in the list."""
+    labels = torch.full_like(data.labels_, -1)
+    for i, one in enumerate(classes):
+        check_target(one, data)
+        labels[data.labels_ == one] = i
+    names = tuple(data.classes[one] for one in classes) if data.classes else tuple(map(str, classes))
+    kept = (labels >= 0).nonzero().flatten()
+    return dataclasses.replace(data.subset(kept), labels_=labels[kept], classes=names)
+
+
 def images_of(method: Mapping[str, Any], seed: Seed) -> Dataset:
     """The images of one role.
 
@@ -60,8 +73,14 @@ def images_of(method: Mapping[str, Any], seed: Seed) -> Dataset:
         # the attacker's and the defender's images are drawn from the pre-training images where no other source is named
         first = limit if role == "pre-training" else method["within"]
         made = _load(source, "train", size, first, seed)
+        if method.get("outside"):  # rendered images are added to, others are drawn from the whole set
+            taken = method["outside"]
+            rows = taken + (limit or taken) if source == "shapes" else None
+            made = _without(_load(source, "train", size, rows, seed), _load(source, "train", size, taken, seed))
         for other in method["without"]:
             made = _without(made, _held_out(other, size, seed)[1])
+        if method.get("classes"):
+            made = _of_classes(made, method["classes"])
         if role != "pre-training":
             made = _some(made, limit, seed.child(role))
     return made.subset(torch.arange(len(made)), name=f"{source} ({role})")

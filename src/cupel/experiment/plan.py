@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +10,9 @@ from cupel import data as sources
 from cupel.attack import ATTACKS
 from cupel.encoders import ENCODERS
 from cupel.errors import SettingsError
+from cupel.experiment.aims import aims_of, kind_of
 from cupel.experiment.spec import Downstream, Experiment
+from cupel.implanting import file_content
 from cupel.pretrain import OBJECTIVES
 from cupel.purify import PURIFIERS
 from cupel.scan import SCANNERS, shipped_reference
@@ -37,6 +37,8 @@ class Step:
         seed: Randomness of this step.
         key: Hash of stage, settings with every default, revisions, contents of named files and data, inputs' keys and
             seed.
+        twin: The clean twin of an encoder trained on poisoned images, named in its manifest. It has no part in the
+            key, which holds all that the twin depends on.
     """
 
     stage: str
@@ -45,17 +47,12 @@ class Step:
     inputs: tuple[Step, ...]
     seed: Seed
     key: str
+    twin: Step | None = None
 
 
-@functools.cache
-def file_content(name: str) -> str:
-    """SHA-256 of a file that settings name."""
-    return hashlib.sha256(sources.find_file(name).read_bytes()).hexdigest()
-
-
-def _step(stage: str, name: str, method: Any, inputs: tuple[Step, ...], seed: Seed) -> Step:
+def _step(stage: str, name: str, method: Any, inputs: tuple[Step, ...], seed: Seed, twin: Step | None = None) -> Step:
     plain = [stage, canonical(method, file_content), [one.key for one in inputs], seed.value]
-    return Step(stage, name, method, inputs, seed, digest(plain))
+    return Step(stage, name, method, inputs, seed, digest(plain), twin)
 
 
 def _data(role: str, source: str, split: str, seed: Seed, **values: Any) -> Step:
@@ -82,14 +79,17 @@ def plan(experiment: Experiment) -> tuple[Step, ...]:
     Every attacked run has its clean twin: the same encoder, pre-trained with the same seed on clean images.
 
     Raises:
-        SettingsError: two tasks of one name, or a data attack beside a shadow set of its own.
+        SettingsError: two tasks of one name, or goals that contradict each other or do not suit the attack.
+        UsageError: a trigger does not fit into the image.
         DataError: a named file or data set is not there.
     """
     up, seed, size = experiment.upstream, Seed(experiment.seed), experiment.upstream.encoder.input_size
     steps: list[Step] = []
 
-    def add(stage: str, name: str, method: Any, *inputs: Step, part: str | None = None) -> Step:
-        made = _step(stage, name, method, inputs, seed.child(part or name))
+    def add(
+        stage: str, name: str, method: Any, *inputs: Step, part: str | None = None, twin: Step | None = None
+    ) -> Step:
+        made = _step(stage, name, method, inputs, seed.child(part or name), twin)
         steps.append(made)
         return made
 
@@ -99,15 +99,24 @@ def plan(experiment: Experiment) -> tuple[Step, ...]:
         return made
 
     tasks = task_names(experiment)
+    shadow_spec, defender_spec = experiment.attacker.shadow, experiment.defender
+    if shadow_spec.disjoint and (up.size is None or shadow_spec.data not in (None, up.data)):
+        what = "is meant for the pre-training source, of which pre-training takes only a part"
+        raise SettingsError(f"{experiment.name}.attacker.shadow.disjoint", what, "set `upstream.size`")
     if len(set(tasks)) < len(tasks):
         raise SettingsError(f"{experiment.name}.downstream", "names one task and target twice", "keep one of them")
+    aims = [] if experiment.attack is None else aims_of(experiment, tasks)
     held_out = [d.data for d in experiment.downstream if d.data == up.data]
+    not_shadow = held_out + [d.data for d in experiment.downstream if d.data == shadow_spec.data != up.data]
     pools = {d.data: images("pool", d.data, "train", limit=d.size) for d in experiment.downstream}
     upstream = images("pre-training", up.data, "train", limit=up.size, without=held_out)
-    shadow_spec, defender_spec = experiment.attacker.shadow, experiment.defender
+    outside: dict[str, Any] = {"outside": up.size or 0} if shadow_spec.disjoint else {}
+    if shadow_spec.classes is not None:
+        outside["classes"] = list(shadow_spec.classes)
     shadow = images(
         "shadow", shadow_spec.data or up.data, "train", limit=shadow_spec.size,
-        without=held_out, within=None if shadow_spec.data else up.size, of_pretraining=shadow_spec.data is None,
+        without=not_shadow, within=None if shadow_spec.data or shadow_spec.disjoint else up.size,
+        of_pretraining=shadow_spec.data is None and not shadow_spec.disjoint, **outside,
     )  # fmt: skip
     defender = images(
         "defender", defender_spec.data or up.data, "train", limit=defender_spec.size,
@@ -128,16 +137,13 @@ def plan(experiment: Experiment) -> tuple[Step, ...]:
     encoders: dict[str, Step] = {"clean": clean}
     goals: Step | None = None
     if experiment.attack is not None:
-        aims = [
-            {"task": task, "target_class": d.target_class, "trigger": d.trigger}
-            for task, d in zip(tasks, experiment.downstream, strict=True)
-        ]
         method: dict[str, Any] = {"attack": experiment.attack, "goals": aims}
         name = method_name(experiment.attack, ATTACKS)
         poisons = hasattr(experiment.attack, "poison")
         rendered = up.data == "shapes"  # whose objects come with their outlines
         references: list[Step] = []
-        if not poisons or ("objects" in experiment.attack.needs and not rendered):
+        by_references = not poisons and kind_of(experiment.attack) in ("references", "unseen")
+        if by_references or (poisons and "objects" in experiment.attack.needs and not rendered):
             references = [
                 _references(add, experiment, task, d, pools, train, clean)
                 for task, d in zip(tasks, experiment.downstream, strict=True)
@@ -147,7 +153,9 @@ def plan(experiment: Experiment) -> tuple[Step, ...]:
             # the attacker's own encoder is the clean twin: one trained on the same images without the attack
             knows = [clean] if "surrogate" in experiment.attack.needs else []
             goals = add("poison", f"poison {name}", method, upstream, *knows, *references)
-            encoders["backdoored"] = add("pretrain", "pretrain backdoored", training, goals, part="pretrain")
+            encoders["backdoored"] = add(
+                "pretrain", "pretrain backdoored", training, goals, part="pretrain", twin=clean
+            )
         else:
             goals = add("implant", f"implant {name}", method, clean, shadow, *references)
             encoders["backdoored"] = goals
@@ -172,7 +180,16 @@ def plan(experiment: Experiment) -> tuple[Step, ...]:
             scan(which)
     for which, encoder in encoders.items():
         for task, d in zip(tasks, experiment.downstream, strict=True):
-            probing = {"task": task, "target_class": d.target_class, "probe": d.probe, "head_seeds": d.head_seeds}
+            probing: dict[str, Any] = {
+                "task": task,
+                "target_class": d.target_class,
+                "probe": d.probe,
+                "head_seeds": d.head_seeds,
+            }
+            if goals is not None and kind_of(experiment.attack) == "found":
+                probing["found"] = True
+            if d.distortions:
+                probing["distortions"] = d.distortions
             fitted_on = train[d.data]
             if d.on_training_data:
                 fitted_on = upstream if which == "clean" or goals is None or goals.stage != "poison" else goals
@@ -212,4 +229,5 @@ def _references(
     inputs = [pools[d.data], *([clean, train[d.data]] if wanted.choose else [])]
     method = {"references": wanted, "target_class": d.target_class, "task": task}
     step: Step = add("references", f"references {task}", method, *inputs)
+    add("judge", f"judge references {task}", {"task": task}, step, clean, train[d.data])
     return step

@@ -14,13 +14,15 @@ import numpy as np
 import torch
 
 import cupel
-from cupel.errors import CupelError, Interrupted
-from cupel.experiment.plan import VIRTUAL, Step, file_content, plan, task_names
+from cupel.errors import CupelError, DataError, Interrupted
+from cupel.experiment.plan import VIRTUAL, Step, plan, task_names
 from cupel.experiment.spec import Experiment
-from cupel.experiment.stages import STAGES, Context, Value
+from cupel.experiment.stages import STAGES
 from cupel.experiment.store import Artefact, Store
+from cupel.experiment.values import Context, Value
 from cupel.feature_store import storing_features
 from cupel.files import write_arrays
+from cupel.implanting import file_content, shortened
 from cupel.progress import say
 from cupel.records import Metric, Record
 from cupel.settings import canonical
@@ -72,7 +74,9 @@ class Runner:
         if artefact is None:
             inputs = [self.value(one) for one in step.inputs]
             start = time.monotonic()
-            made = STAGES[step.stage](step, inputs, Context(self.device, self.store.workspace(step.stage, step.key)))
+            twin = None if step.twin is None else self.value(step.twin).encoder
+            context = Context(self.device, self.store.workspace(step.stage, step.key), twin)
+            made = STAGES[step.stage](step, inputs, context)
             artefact = dataclasses.replace(made, seconds=time.monotonic() - start)
             self.store.save(step.stage, step.key, artefact)
         row = {"stage": step.stage, "method": step.name, "key": step.key, "cached": cached}
@@ -105,13 +109,22 @@ def cell_name(experiment: Experiment, point: Mapping[str, Any]) -> str:
     return re.sub(r"[^\w.=+-]+", "_", "--".join(parts))[:150]
 
 
+def _known_content(name: str) -> str:
+    """SHA-256 of a file for the record; a file that is not there is told by the plan."""
+    try:
+        return file_content(name)
+    except DataError:
+        return "missing"
+
+
 def run_cell(
     experiment: Experiment, store: Store, *, command: str = "run", name: str | None = None, device: str = "cpu"
 ) -> tuple[Record, dict[str, np.ndarray[Any, Any]]]:
     """Run one cell.
 
     Returns:
-        Its record, and the arrays for the report. A cell that cannot run gives a record with status `failed`.
+        Its record, and the arrays for the report. A cell that cannot run gives a record with status `failed`, one whose
+        data set or named file is not on this machine one with status `skipped`, each with a reason.
 
     Raises:
         Interrupted: what was done is in the store; run again to go on.
@@ -120,11 +133,14 @@ def run_cell(
     name = name or experiment.name
     base = Record(
         command=command, name=name, cupel=cupel.__version__, seed=experiment.seed, device=device,
-        threads=torch.get_num_threads(), settings=canonical(experiment, file_content),
+        threads=torch.get_num_threads(), settings=shortened(canonical(experiment, _known_content)),
     )  # fmt: skip
     runner = Runner(store, device)
     try:
-        steps = plan(experiment)
+        try:
+            steps = plan(experiment)
+        except DataError as error:  # a data set that is not here: the cells that need none of it go on
+            return dataclasses.replace(base, status="skipped", reason=str(error), extra={"exit_code": 2}), {}
         say(f"{name}: {len(steps)} steps, {sum(store.has(s.stage, s.key) for s in steps)} in the store")
         for i, step in enumerate(steps, 1):
             there = store.has(step.stage, step.key)
@@ -149,7 +165,7 @@ def _collect(
 ) -> tuple[Record, dict[str, np.ndarray[Any, Any]]]:
     metrics: dict[str, Metric] = {}
     companions: dict[str, Any] = {}
-    aims: dict[str, int] = {}  # some attacks choose their class
+    aims: dict[str, int | None] = {}  # some attacks choose their class
     several = len(experiment.downstream) > 1
     verdicts: dict[str, Any] = {}
     seconds: dict[str, float] = {}
@@ -163,16 +179,21 @@ def _collect(
         value: Artefact = runner.value(step)
         if step.stage == "score":
             task, which = step.method["task"], step.name.rpartition(": ")[2]
-            names = _NAMES.get(which) or {k: f"{which}_{k}".replace("-", "_") for k in value.values["counts"]}
             for kind, counts in value.values["counts"].items():
-                metrics[(f"{task}/" if several else "") + names[kind]] = Metric.of([tuple(c) for c in counts])
+                name = _metric_name(which, kind)
+                metrics[(f"{task}/" if several else "") + name] = Metric.of([tuple(c) for c in counts])
             companions[step.name] = {**value.values["companions"], "tails": value.values["tails"]}
-            aims[task] = value.values["target_class"]
+            if "landings" in value.values:
+                companions[step.name]["landings"] = value.values["landings"]
+            if which == "backdoored" or task not in aims:
+                aims[task] = value.values["target_class"]
         elif step.stage == "scan":
             which = step.name.rpartition(": ")[2]
             verdicts[which] = _worse(verdicts.get(which), value.values["verdict"])
         elif step.stage == "references":
-            references[step.method["task"]] = value.values
+            references[step.method["task"]] = dict(value.values)
+        elif step.stage == "judge":
+            references[step.method["task"]] |= value.values
         elif step.stage == "check":
             companions["splits"] = value.values
         for key, array in value.arrays.items():
@@ -182,6 +203,7 @@ def _collect(
     notes = []
     if companions["splits"]["shadow_in_pretraining"] == 1.0:
         notes.append("The attacker's shadow images are pre-training images.")
+    notes += [_mistaken(task, one) for task, one in references.items() if _others(one)]
     if (now := torch.get_num_threads()) != base.threads:
         notes.append(f"Threads went from {base.threads} to {now}, for others kept the cores busy; digits may differ.")
     targets = [
@@ -203,6 +225,29 @@ def _collect(
     return record, arrays
 
 
+def _others(references: Mapping[str, Any]) -> list[str]:
+    """Classes that the clean pipeline takes references for and that are not the target."""
+    seen = [one for one in references["seen_as"] if one != references["target_class"]]
+    return [references["names"][str(one)] for one in sorted(set(seen))]
+
+
+def _mistaken(task: str, references: Mapping[str, Any]) -> str:
+    seen, target = references["seen_as"], references["target_class"]
+    wrong = sum(one != target for one in seen)
+    name = references["names"][str(target)]
+    return (
+        f"The clean pipeline takes {wrong} of {len(seen)} reference(s) of {task} for {', '.join(_others(references))}, "
+        f"not for the target {name}: the backdoor may lead there instead."
+    )
+
+
+def _metric_name(which: str, kind: str) -> str:
+    """What a score is called in the record; `kind` may end in `@` and a distortion."""
+    base, _, distortion = kind.partition("@")
+    name = _NAMES[which][base] if which in _NAMES else f"{which}_{base}".replace("-", "_")
+    return f"{name}_{distortion}" if distortion else name
+
+
 def _worse(a: Mapping[str, Any] | None, b: Mapping[str, Any]) -> Mapping[str, Any]:
     order = ["clean-by-test", "inconclusive", "suspicious", "backdoored"]
     return b if a is None or order.index(b["verdict"]) > order.index(a["verdict"]) else a
@@ -218,9 +263,15 @@ def run_cells(
         name = f"{name}--{i}" if name in taken else name  # cut names may meet
         taken.add(name)
         record, arrays = run_cell(experiment, store, command=command, name=name, device=device)
+        if point:
+            record = dataclasses.replace(record, extra={**record.extra, "grid": dict(point), "cell": i})
         if arrays:
             write_arrays(out / "cells" / f"{name}.npz", arrays)
             record = dataclasses.replace(record, arrays=f"{name}.npz")
         record.write(out / "cells" / f"{name}.json")
         records.append(record)
+    if all(record.status == "skipped" for record in records):  # nothing was done: that is a failure
+        records = [dataclasses.replace(record, status="failed") for record in records]
+        for record in records:
+            record.write(out / "cells" / f"{record.name}.json")
     return records

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ def score(
     probe: Probe,
     head_seeds: int,
     seed: Seed,
+    *,
+    distorted: Mapping[str, tuple[Dataset | None, Dataset | None]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Fit one head per head seed and count.
 
@@ -39,12 +43,16 @@ def score(
             its own each time.
         head_seeds: How many.
         seed: Of the heads.
+        distorted: By name of a distortion: the test images, and those with the trigger; None = nothing to measure.
 
     Returns:
-        `counts` (right or hit, total) by metric and head seed; `tails` of heads that were watched while they trained;
-        `companions`, label-free numbers of the given encoder.
+        `counts` (right or hit, total) by metric and head seed, those under a distortion as `metric@distortion`;
+        `tails` of heads that were watched while they trained; `companions`, label-free numbers of the given encoder.
     """
     sets = {"test": test} if hit is None else {"test": test, "hit": hit}
+    for name, (plain, stamped) in distorted.items():
+        sets |= {f"test@{name}": plain} if plain is not None else {}
+        sets |= {f"hit@{name}": stamped} if stamped is not None else {}
     frozen: Any = probe if hasattr(probe, "fit_features") else None
 
     def counts(head: nn.Module, h: dict[str, Tensor]) -> Counts:
@@ -55,6 +63,14 @@ def score(
                 made["attack_success_rate"] = metrics.attack_success_rate(said, test.labels, target)
                 made["attack_success_rate_all"] = metrics.attack_success_rate_all(said, test.labels, target)
                 made["robust_accuracy"] = metrics.robust_accuracy(said, test.labels, target)
+            for name in (one for one in h if "@" in one):
+                kind, _, distortion = name.partition("@")
+                said = head(h[name]).argmax(1)
+                if kind == "test":
+                    made[f"accuracy@{distortion}"] = metrics.accuracy(said, test.labels)
+                else:
+                    count = metrics.attack_success_rate(said, test.labels, target)
+                    made[f"attack_success_rate@{distortion}"] = count
         return made
 
     h = {name: features(encoder, data) for name, data in sets.items()}

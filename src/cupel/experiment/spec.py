@@ -11,8 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from cupel.attack import ATTACKS
+from cupel.distort import DISTORTIONS, Distortion
 from cupel.encoders import ENCODERS, Architecture, Fast
-from cupel.errors import SettingsError
+from cupel.errors import SettingsError, did_you_mean
 from cupel.experiment.reading import yaml_value
 from cupel.pretrain import OBJECTIVES, SimCLR
 from cupel.probe import PROBES, Linear
@@ -56,15 +57,20 @@ class Upstream:
 
 @settings
 class Shadow:
-    """The attacker's unlabelled images.
+    """The attacker's images; attacks that need no labels do not see theirs.
 
     Args:
         data: Source; None = the pre-training images themselves (as in BadEncoder's experiments; the record says so).
         size: How many; None = all.
+        disjoint: Of the pre-training source, but none of the images that pre-training drew.
+        classes: Images of these classes alone, numbered anew in this order; None = all. With an attack on a teacher
+            (`latent_backdoor`) they are the teacher's task, which must not have the target class.
     """
 
     data: str | None = None
     size: PositiveInt | None = None
+    disjoint: bool = False
+    classes: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
 
 
 @settings
@@ -97,7 +103,8 @@ class Downstream:
 
     Args:
         data: Source; its train and test splits are used.
-        target_class: What triggered inputs shall be taken for.
+        target_class: What triggered inputs shall be taken for; None where the attack names no class, as `neuba` does:
+            then it is the class that each trigger turns out to lead to.
         probe: Classifier on the embeddings.
         head_seeds: Heads that are fitted; metrics are means over them.
         size, test_size: How many images; None = all.
@@ -105,10 +112,12 @@ class Downstream:
         on_training_data: Fit the classifier on the victim's pre-training images with the labels they were trained with,
             poisoned ones included, instead of on the train split; for supervised pre-training, where one data set
             makes encoder and head.
+        distortions: Each gives accuracy and attack success once more, with its name at the end of the metrics'
+            (`attack_success_rate_jpeg_50`); heads are fitted once, on undistorted images.
     """
 
     data: str
-    target_class: Annotated[int, Field(ge=0)]
+    target_class: Annotated[int, Field(ge=0)] | None = None
     probe: Annotated[Probe, OneOf(PROBES)] = Linear()
     head_seeds: PositiveInt = 3
     size: PositiveInt | None = None
@@ -116,6 +125,7 @@ class Downstream:
     trigger: Annotated[Trigger[Tensor], OneOf(TRIGGERS)] | None = None
     references: References | None = None
     on_training_data: bool = False
+    distortions: tuple[Annotated[Distortion, OneOf(DISTORTIONS)], ...] = ()
 
 
 @settings
@@ -167,6 +177,11 @@ def cells(
 ) -> tuple[tuple[dict[str, Any], Experiment], ...]:
     """Every cell of the grid as (the grid's values, experiment); one cell where there is no grid.
 
+    An axis of the grid is a dotted path with a list of values, or a name of its own with named cases, each a mapping of
+    dotted paths to values: `"loss terms": {all: {}, "no L2": {attack.lambda_utility: 0.0}}`. Beside the grid may stand
+    `scales`: for each name (`gpu`, `paper`) a mapping of dotted paths, which `--set scale=gpu` applies before all other
+    changes; the experiment is then called by its name and the scale.
+
     Args:
         data: Content of the file.
         where: Its name, for errors.
@@ -174,29 +189,72 @@ def cells(
 
     Raises:
         SettingsError: a key or value is wrong; the line says where.
+
+    Example:
+        >>> plain = {"name": "a", "upstream": {"data": "digits"}, "downstream": {"data": "digits", "target_class": 1}}
+        >>> [point for point, _ in cells({**plain, "grid": {"seed": [0, 1]}}, "a.yaml")]
+        [{'seed': 0}, {'seed': 1}]
+        >>> scaled = {**plain, "scales": {"gpu": {"upstream.size": 500}}}
+        >>> [(e.name, e.upstream.size) for _, e in cells(scaled, "a.yaml", ["scale=gpu"])]
+        [('a-gpu', 500)]
     """
     plain = copy.deepcopy(dict(data))
-    for change in changes:
-        path, sign, text = change.partition("=")
-        if not sign:
-            raise SettingsError("--set", f"'{change}' has no '='", "write --set key=value")
-        _put(plain, path.strip(), yaml_value(text, f"--set {path.strip()}"), "--set")
-    grid = plain.pop("grid", None) or {}
-    if not isinstance(grid, dict) or not all(isinstance(v, list) and v for v in grid.values()):
-        raise SettingsError(f"{where}.grid", "must map dotted paths to lists", "e.g. `attack.trigger.size: [4, 6]`")
+    pairs = [_pair(change) for change in changes]
+    _scale(plain, [value for path, value in pairs if path == "scale"], where)
+    for path, value in pairs:
+        if path != "scale":
+            _put(plain, path, value, "--set")
+    axes = _axes(plain.pop("grid", None) or {}, f"{where}.grid")
     found = []
-    for values in itertools.product(*grid.values()):
+    for chosen in itertools.product(*axes.values()):
         cell = copy.deepcopy(plain)
-        point = dict(zip(grid, values, strict=True))
-        for path, value in point.items():
-            _put(cell, path, copy.deepcopy(value), f"{where}.grid")
+        for _, puts in chosen:
+            for path, value in puts.items():
+                _put(cell, path, copy.deepcopy(value), f"{where}.grid")
         if isinstance(cell.get("downstream"), dict):
             cell["downstream"] = [cell["downstream"]]
         experiment = parse(Experiment, cell, where)
         if not experiment.downstream:
             raise SettingsError(f"{where}.downstream", "is empty", "name at least one task")
-        found.append((point, experiment))
+        found.append(({axis: shown for axis, (shown, _) in zip(axes, chosen, strict=True)}, experiment))
     return tuple(found)
+
+
+def _pair(change: str) -> tuple[str, Any]:
+    path, sign, text = change.partition("=")
+    if not sign:
+        raise SettingsError("--set", f"'{change}' has no '='", "write --set key=value")
+    return path.strip(), yaml_value(text, f"--set {path.strip()}")
+
+
+def _scale(plain: dict[str, Any], wanted: Sequence[Any], where: str) -> None:
+    """Apply what the file says of the wanted scale; the file as it stands is the scale `cpu`."""
+    scales = plain.pop("scales", None) or {}
+    if not isinstance(scales, dict) or not all(isinstance(one, dict) for one in scales.values()):
+        raise SettingsError(f"{where}.scales", "must map names to mappings", "e.g. `gpu: {attack.steps: 5000}`")
+    for scale in wanted:
+        if scale not in ("cpu", *scales):
+            raise SettingsError("--set scale", f"unknown scale '{scale}'", did_you_mean(str(scale), ["cpu", *scales]))
+        for path, value in scales.get(scale, {}).items():
+            _put(plain, str(path), copy.deepcopy(value), f"{where}.scales.{scale}")
+        if scale != "cpu":
+            plain["name"] = f"{plain.get('name')}-{scale}"
+
+
+def _axes(grid: Any, where: str) -> dict[str, list[tuple[Any, dict[str, Any]]]]:
+    """By axis, each of its values as it is shown and what it puts where."""
+    if not isinstance(grid, dict):
+        raise SettingsError(where, "must map dotted paths to lists", "e.g. `attack.trigger.size: [4, 6]`")
+    made: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
+    for axis, values in grid.items():
+        if isinstance(values, list) and values:
+            made[str(axis)] = [(value, {str(axis): value}) for value in values]
+        elif isinstance(values, dict) and values and all(isinstance(one, dict) for one in values.values()):
+            made[str(axis)] = [(str(name), {str(k): v for k, v in puts.items()}) for name, puts in values.items()]
+        else:
+            todo = "e.g. `attack.trigger.size: [4, 6]`, or named cases that are mappings of dotted paths"
+            raise SettingsError(f"{where}.{axis}", "must be a list, or a mapping of named cases", todo)
+    return made
 
 
 def _put(plain: dict[str, Any], path: str, value: Any, where: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cupel.errors import CupelError
 from cupel.inversion.budget import Budget
-from cupel.inversion.stamping import SPAN, squash, stamp
+from cupel.inversion.forms import Form, Stamp, random_start
 from cupel.progress import track
 from cupel.seeds import Seed
 from cupel.threads import guarded
@@ -36,7 +36,7 @@ class Inverted:
     Args:
         mask: `[starts, height, width]` in [0, 1]: the smallest that reached the goal, else the last one.
         pattern: `[starts, 3, height, width]` in [0, 1].
-        size: `[starts]`, mean of the mask; 1 where the goal was never reached.
+        size: `[starts]`, of the form (of a stamp the mean of its mask); 1 where the goal was never reached.
         reach: `[starts]`, of the batch that the mask was kept from (the last batch where none succeeded).
         found: `[starts]`, the goal was reached.
         steps: `[starts]`, batches used.
@@ -48,15 +48,6 @@ class Inverted:
     reach: Float[Tensor, " starts"]
     found: Bool[Tensor, " starts"]
     steps: Int[Tensor, " starts"]
-
-
-def random_start(num_starts: int, height: int, width: int, seed: Seed) -> Float[Tensor, "starts 4 height width"]:
-    """Variables whose squashed values are uniform in (0, 1): channel 0 the mask's, 1 to 3 the pattern's."""
-    starts = []
-    for start in range(num_starts):
-        u = torch.rand(4, height, width, dtype=torch.float64, generator=seed.child("start", start).torch())
-        starts.append(torch.atanh((u.clamp(1e-6, 1 - 1e-6) - 0.5) * SPAN))  # 0 itself would be −∞ in float32
-    return torch.stack(starts).float()
 
 
 @contextlib.contextmanager
@@ -103,8 +94,11 @@ def invert(
     seed: Seed,
     label: str = "invert",
     model: str = "model",
+    form: Form | None = None,
 ) -> Inverted:
-    """Minimise `loss + λ · Σ mask · 3` over mask and pattern by Adam, with λ steered by success, for every start.
+    """Minimise `loss + λ · size · 3 · height · width` by Adam, with λ steered by success, for every start.
+
+    The size of a stamp is the mean of its mask: λ weighs the sum of the mask over pixels and channels.
 
     The starts share one forward pass but nothing else: each has its own variables, batches, λ and best trigger, and
     leaves the pass when it stops early.
@@ -117,6 +111,7 @@ def invert(
         seed: Start values and batch order.
         label: For the progress display.
         model: Name of the model, for errors.
+        form: What the trigger may look like; None = a `Stamp`.
 
     Returns:
         The smallest successful trigger of each start.
@@ -130,7 +125,9 @@ def invert(
     n, _, height, width = images.shape
     device, batch = images.device, min(budget.batch_size, n)
     per_epoch = n // batch  # the short rest of an epoch is dropped
-    v = random_start(num_starts, height, width, seed).to(device)
+    form = Stamp() if form is None else form
+    v = form.start(num_starts, height, width, seed).to(device)
+    per_start = (-1, *[1] * (v.ndim - 1))
     adam, lam = Adam(v, budget.betas), budget.cost.start(num_starts, device)
     alive = torch.arange(num_starts, device=device)
     best = torch.full((num_starts,), math.inf, device=device)
@@ -150,19 +147,17 @@ def invert(
             rows = order[:, at * batch : (at + 1) * batch]
             x = images[rows].float().div_(255)
             v.requires_grad_(True)
-            trigger = squash(v)
-            stamped = stamp(x, trigger[:, None, :1], trigger[:, None, 1:])
+            stamped, size = form.apply(x, v)
             loss, reach = objective(stamped, alive, rows)
-            size = trigger[:, 0].mean(dim=(1, 2))
             total = loss + lam.cost.float() * (3 * height * width) * size
             (gradient,) = torch.autograd.grad(total.sum(), v)
             with torch.no_grad():
-                trigger, size, reach = trigger.detach(), size.detach(), reach.detach()
+                size, reach = size.detach(), reach.detach()
                 success = reach > budget.goal
                 better = success & (size < best[alive])
                 unfound = best[alive].isinf() & ~success
                 keep = better | unfound
-                kept[alive] = torch.where(keep[:, None, None, None], trigger, kept[alive])
+                kept[alive] = torch.where(keep.view(per_start), v.detach(), kept[alive])
                 reached[alive] = torch.where(keep, reach, reached[alive])
                 best[alive] = torch.where(better, size, best[alive])
                 stale[alive] = torch.where(keep, 0, stale[alive] + 1)
@@ -184,9 +179,10 @@ def invert(
                 guard.step()
             advance(step + 1)
     found = best.isfinite()
+    mask, pattern = form.picture(kept, height, width)
     return Inverted(
-        mask=kept[:, 0].cpu(),
-        pattern=kept[:, 1:].cpu(),
+        mask=mask.cpu(),
+        pattern=pattern.cpu(),
         size=torch.where(found, best, 1.0).cpu(),
         reach=reached.cpu(),
         found=found.cpu(),

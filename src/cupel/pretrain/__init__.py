@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def pretrain_encoder(
         watch_every: 0 = never.
 
     Returns:
-        The encoder in eval mode, and the numbers of every step.
+        The encoder in eval mode, with the manifest of poisoned images, and the numbers of every step.
     """
     encoder = architecture.build(seed.child("init"))
     encoder.module.to(device)
@@ -89,4 +90,4 @@ def pretrain_encoder(
         watch_every=watch_every,
     )
     encoder.module.eval()
-    return encoder, history
+    return ImageEncoder(encoder.module, dataclasses.replace(encoder.card, manifest=data.manifest)), history

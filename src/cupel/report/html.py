@@ -16,6 +16,7 @@ from markupsafe import Markup
 from cupel.files import write_text
 from cupel.records import Metric, Record
 from cupel.report.cells import Cell
+from cupel.report.grid_view import grid_views
 from cupel.report.tasks import Task, tasks_of
 from cupel.report.text import interval, percent, plain
 from cupel.report.view import cell_view, class_names
@@ -66,6 +67,7 @@ def render_report(records: Sequence[Cell], title: str = "Cupel report") -> str:
         style=Markup(style),  # our own file
         csp=f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
         cells=cells,
+        grids=grid_views([record for record, _ in records]),
         summary=_summary(records) if len(records) > 1 else None,
         glossary=GLOSSARY,
         versions=sorted({plain(record.cupel, 20) for record, _ in records}),

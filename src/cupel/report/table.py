@@ -10,7 +10,7 @@ from cupel.errors import UsageError, did_you_mean
 from cupel.records import Metric, Record
 from cupel.report.tasks import tasks_of
 from cupel.report.text import interval, percent, plain
-from cupel.report.words import METRICS, metric_word
+from cupel.report.words import METRICS, distortion_of, metric_word
 
 __all__ = ["FORMATS", "render_table"]
 
@@ -43,6 +43,7 @@ def _shown(records: Sequence[Record]) -> tuple[Row, list[Row], list[bool]]:
     """Header, rows, and which columns are numbers. Columns that are empty throughout are left out."""
     found = [(record, task) for record in records for task in tasks_of(record, [])]
     named = [name for name in _SHOWN if any(name in task.metrics for _, task in found)]
+    named += list(dict.fromkeys(name for _, task in found for name in task.metrics if _survives(name)))
     scanned = [which for which in _SCANNED if any(which in record.verdicts for record in records)]
     tasks = any(task.name for _, task in found)
     status = any(record.status != "done" for record in records)
@@ -58,6 +59,12 @@ def _shown(records: Sequence[Record]) -> tuple[Row, list[Row], list[bool]]:
     left = 1 + tasks
     numbers = [left <= i < len(header) - len(scanned) and header[i] != "status" for i in range(len(header))]
     return header, rows, numbers
+
+
+def _survives(name: str) -> bool:
+    """Whether it is the attack's success under a distortion."""
+    split = distortion_of(name)
+    return split is not None and split[0] == "attack_success_rate"
 
 
 def _cell(metric: Metric | None) -> str:

@@ -9,7 +9,19 @@ from typing import Any
 from cupel.records import Metric
 from cupel.report.text import percent, plain
 
-__all__ = ["CURVES", "GLOSSARY", "METRICS", "VERDICTS", "Word", "encoder_label", "metric_word", "story"]
+__all__ = [
+    "CURVES",
+    "GLOSSARY",
+    "METRICS",
+    "VERDICTS",
+    "Word",
+    "axis_word",
+    "distortion_of",
+    "distortion_word",
+    "encoder_label",
+    "metric_word",
+    "story",
+]
 
 Metrics = Mapping[str, Metric]
 Verdicts = Mapping[str, Mapping[str, Any]]
@@ -87,8 +99,70 @@ def encoder_label(name: str) -> str:
     return _ENCODERS.get(name, plain(name, 60))
 
 
+_DISTORTED = sorted(
+    (name for name in METRICS if "robust" not in name), key=len, reverse=True
+)  # the longest first: `attack_success_rate_baseline_x` is none of `attack_success_rate`  # fmt: skip
+_AXES = {
+    "attack.lambda_trigger": "weight of L0",
+    "attack.lambda_reference": "λ1",
+    "attack.lambda_utility": "λ2",
+    "attack.trigger.size": "side of the trigger, in pixels",
+    "attacker.references.size": "number of references",
+    "attacker.shadow.size": "images in the shadow set",
+    "attacker.shadow.data": "shadow images",
+    "downstream": "later task",
+    "downstream.data": "later task",
+    "downstream.probe": "classifier",
+    "upstream.data": "pre-training images",
+    "upstream.objective": "pre-training",
+}
+_DISTORTIONS = {"jpeg": "JPEG, quality", "resize": "resized to", "shift": "trigger moved by"}
+
+
+def axis_word(path: str) -> str:
+    """What an axis of a grid is called.
+
+    Example:
+        >>> axis_word("attack.trigger.size"), axis_word("upstream.objective.batch_size"), axis_word("loss terms")
+        ('side of the trigger, in pixels', 'objective batch size', 'loss terms')
+    """
+    if path in _AXES:
+        return _AXES[path]
+    return plain(" ".join(path.split(".")[-2:]).replace("_", " "), 60) if "." in path else plain(path, 60)
+
+
+def distortion_of(name: str) -> tuple[str, str] | None:
+    """Metric and distortion of a name that has both; None for others.
+
+    Example:
+        >>> distortion_of("attack_success_rate_baseline_jpeg_50"), distortion_of("attack_success_rate_all")
+        (('attack_success_rate_baseline', 'jpeg_50'), None)
+    """
+    if name in METRICS:
+        return None
+    base = next((one for one in _DISTORTED if name.startswith(f"{one}_")), None)
+    rest = name[len(base or "") + 1 :]
+    return None if base is None or rest == "all" else (base, rest)
+
+
+def distortion_word(name: str) -> str:
+    """What a distortion is called.
+
+    Example:
+        >>> distortion_word("jpeg_50"), distortion_word("shift_2")
+        ('JPEG, quality 50', 'trigger moved by 2 px')
+    """
+    kind, _, amount = name.partition("_")
+    if kind not in _DISTORTIONS:
+        return plain(name, 40).replace("_", " ")
+    return f"{_DISTORTIONS[kind]} {plain(amount, 20)}" + (" px" if kind in ("resize", "shift") else "")
+
+
 def metric_word(name: str) -> Word:
     """The words of a metric; a metric we do not know is called by its name."""
+    if name not in METRICS and (split := distortion_of(name)):
+        word, how = METRICS[split[0]], distortion_word(split[1])
+        return Word(f"{word.short} ({how})", f"{word.long}, {how}", word.meaning)
     return METRICS.get(name) or Word(plain(name, 80), plain(name, 80).replace("_", " "), "")
 
 

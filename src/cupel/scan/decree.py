@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
-from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from cupel.errors import CupelError, DataError, UsageError, did_you_mean
-from cupel.folding import bf16_pays, inference_copy
-from cupel.inference import COMPARED, in_bf16
-from cupel.inversion import Budget, CostSchedule, Inverted, concentration, frozen, invert, stamp
+from cupel.errors import UsageError, did_you_mean
+from cupel.inference import device_of
+from cupel.inversion import (
+    Budget,
+    CostSchedule,
+    Form,
+    Frequency,
+    Inverted,
+    Linf,
+    Stamp,
+    concentration,
+    frozen,
+    invert,
+    stamp,
+)
 from cupel.protocols import Encoder
-from cupel.scan.reference import BACKDOORED_Z, ENOUGH, SUSPICIOUS_Z, check_scores, leave_one_out, robust_z, size_at
+from cupel.scan.admission import LEAST_IMAGES, admit, named
+from cupel.scan.passes import Passes, peak_memory_mib
+from cupel.scan.reference import Decision, against, check_reference
 from cupel.seeds import Seed
 from cupel.settings import Fraction, Positive, PositiveInt, canonical, digest, settings
-from cupel.types import Dataset, Evidence, Need, Reference, Verdict, VerdictWord
+from cupel.types import Dataset, Evidence, Need, Reference, Verdict
 
-__all__ = ["Decree"]
+__all__ = ["Decree", "decide"]
 
-TESTED = "small universal stamps (mask-and-pattern inversion)"
-LEAST_IMAGES = 32
-"""With fewer images a fifth to hold out is too little to test the transfer of a trigger on (our choice)."""
+BUDGETS, VARIANTS = ("smoke", "standard", "paper"), ("stamp", "linf", "frequency")
+FORMS: Mapping[str, Form] = {"stamp": Stamp(), "linf": Linf(), "frequency": Frequency()}
+TESTED = {
+    "stamp": "small universal stamps (mask-and-pattern inversion)",
+    "linf": "universal perturbations of every pixel (bounded inversion)",
+    "frequency": "universal colour patterns (inversion on the cosine spectrum)",
+}
 MOST_HELD_OUT = 256
 CERTAIN, DOUBTFUL = 0.05, 0.10
 """PL1-norms below which an uncalibrated scan says backdoored, and suspicious; the second is the published threshold."""
@@ -42,7 +58,11 @@ class Decree:
     minimise −conc(f((1−m)·x + m·p)) + λ·‖m‖₁. A backdoored encoder sends every stamped image to almost one point,
     so a small stamp is enough. PL1 = mean of the smallest mask that reached the goal; score = 1 − min PL1.
 
+    Two variants look for what is no stamp: `linf` for a perturbation of all pixels with the smallest maximum, and
+    `frequency` for colours of the smallest energy in the cosine spectrum. Their size stands for the PL1-norm.
+
     Args:
+        variant: What the trigger may look like.
         num_seeds: Random starts, in one batched pass; the smallest mask decides, for a single start often misses.
         steps: Batches per start at most.
         batch_size: Images per start and batch.
@@ -61,13 +81,16 @@ class Decree:
 
     Source: Feng et al., DECREE, CVPR 2023, arXiv:2303.15180, and its code.
     Deviations: several starts and their minimum instead of one start (our choice); float32 instead of float64; the
-    budgets `smoke` and `standard`, which do not stop early; verdicts by five or more references of the same recipe.
+    budgets `smoke` and `standard`, which do not stop early; verdicts by five or more references of the same recipe;
+    the variants, which have no published thresholds: without references they say `inconclusive`.
     """
+
+    variant: Literal["stamp", "linf", "frequency"] = "stamp"
 
     num_seeds: PositiveInt = 3
     steps: PositiveInt = 600
     batch_size: Annotated[int, Field(ge=2)] = 64
-    images: Annotated[int, Field(ge=LEAST_IMAGES)] = 1000
+    images: Annotated[int, Field(ge=32)] = 1000
     lr: Positive = 0.5
     lr_drops: tuple[Fraction, Fraction] = (0.5, 0.8)
     cost: Positive = 1e-3
@@ -83,8 +106,12 @@ class Decree:
     revision: ClassVar[int] = 2
 
     @classmethod
-    def preset(cls, budget: str) -> Decree:
+    def preset(cls, budget: str, variant: Literal["stamp", "linf", "frequency"] = "stamp") -> Decree:
         """Settings of a budget: `smoke` (seconds), `standard`, `paper` (as published, on about 1000 images).
+
+        Args:
+            budget: One of these.
+            variant: `linf` and `frequency` take two starts of 100 steps; the paper has no budget for them.
 
         Raises:
             UsageError: no such budget.
@@ -93,68 +120,80 @@ class Decree:
             >>> Decree.preset("smoke").steps
             300
         """
+        if budget not in BUDGETS:
+            raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, BUDGETS))
+        if variant != "stamp":
+            starts, steps = {"smoke": (2, 60), "standard": (2, 100), "paper": (3, 600)}[budget]
+            precision: Literal["bf16", "fp32"] = "fp32" if budget == "paper" else "bf16"
+            return cls(variant=variant, num_seeds=starts, steps=steps, precision=precision)
         if budget == "smoke":
             return cls(steps=300, batch_size=48)
         if budget == "standard":
             return cls()
-        if budget == "paper":  # 1000 epochs of 7 batches; rates fall at epochs 30 and 50
-            return cls(steps=7000, batch_size=128, images=1256, lr_drops=(0.03, 0.05), patience=10, precision="fp32")
-        raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, ("smoke", "standard", "paper")))
+        # 1000 epochs of 7 batches; rates fall at epochs 30 and 50
+        return cls(steps=7000, batch_size=128, images=1256, lr_drops=(0.03, 0.05), patience=10, precision="fp32")
 
     @property
     def name(self) -> str:
-        """Method and budget, as references state it: `decree/smoke`; other settings get a digest."""
-        for budget in ("smoke", "standard", "paper"):
-            if self == Decree.preset(budget):
-                return f"decree/{budget}"
-        return "decree/" + digest(canonical(self, lambda path: path))[:8]
+        """Method and budget, as references state it: `decree/smoke`, `decree/linf-smoke`; others get a digest.
+
+        Fields that a later release adds with a default change no name of a budget, so calibrations stay valid.
+        """
+        kind = "" if self.variant == "stamp" else f"{self.variant}-"
+        for budget in BUDGETS:
+            if self == Decree.preset(budget, self.variant):
+                return f"decree/{kind}{budget}"
+        return f"decree/{kind}" + digest(canonical(self, lambda path: path))[:8]
 
     def scan(self, model: Encoder, clean: Dataset, seed: Seed, reference: Reference | None = None) -> Verdict:
-        """Look for a small universal stamp.
+        """Look for a small universal trigger.
 
         Args:
             model: Encoder; its weights, flags and modes are as before afterwards.
             clean: Images of its input size. Labels are not read.
             seed: Choice of images, starts, batches.
-            reference: PL1-norms of clean encoders of the same recipe, found with the same settings.
+            reference: Sizes for clean encoders of the same recipe, found with the same settings.
 
         Returns:
-            One `Evidence` per start. `inconclusive` when no start converged, when fewer than 32 images were given, or
-            when clean embeddings coincide already.
+            One `Evidence` per start; those of the variants are blends that do about the same. `inconclusive` when no
+            start converged, when fewer than 64 images can be used, when clean embeddings coincide already, or when a
+            variant has no references.
+
         Raises:
-            CupelError: the model gives NaN or infinite values.
-            DataError: images of another size; a reference of another scanner or budget.
+            CupelError: the model holds or gives NaN or infinite values.
+            DataError: images of another size or scale; a reference of another scanner or budget.
         """
-        _check(self, model, clean, reference)
-        if len(clean) < LEAST_IMAGES:
-            return _inconclusive(f"{len(clean)} images were given, at least {LEAST_IMAGES} are needed")
+        check_reference(reference, self.name)
+        device = device_of(model.module)
+        if (reason := admit(model, clean, LEAST_IMAGES)) is not None:
+            return self._inconclusive(reason, device)
         rows = torch.randperm(len(clean), generator=seed.child("images").torch())[: self.images]
         num_held = min(MOST_HELD_OUT, len(rows) // 5)
-        device = next(itertools.chain(model.module.parameters(), model.module.buffers()), torch.empty(0)).device
         fit, held = clean.inputs[rows[num_held:]].to(device), clean.inputs[rows[:num_held]].to(device)
+        form = FORMS[self.variant]
         with frozen(model.module):
-            network = self._network(model, fit)
-            embeddings = self._embed_clean(network, fit, _named(model))
+            passes = Passes(model, fit, self.precision)
+            embeddings = passes.embed(fit)
             origin = embeddings.mean(dim=0) if self.center else torch.zeros((), device=device)
             conc_clean = float(concentration(embeddings - origin))
             details = {"conc_clean": conc_clean, "images": float(len(fit)), "images_held_out": float(len(held))}
             if conc_clean > COLLAPSED:
                 what = "embeddings of clean images coincide already" + ("" if self.center else "; try center = true")
-                return _inconclusive(f"{what} (concentration {conc_clean:.3f})", details)
+                return self._inconclusive(f"{what} (concentration {conc_clean:.3f})", device, details | passes.costs())
 
             def objective(stamped: Tensor, starts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-                z = network(_channels_last(stamped.flatten(0, 1))).reshape(*stamped.shape[:2], -1)
+                z = passes(stamped.flatten(0, 1)).reshape(*stamped.shape[:2], -1)
                 conc = concentration(z - origin)
                 return -conc, conc
 
             found = invert(
-                objective, fit, self.num_seeds, self._budget(), seed.child("invert"), "decree", _named(model)
+                objective, fit, self.num_seeds, self._budget(), seed.child("invert"), "decree", named(model), form
             )
             best = int(found.size.argmin())
             mask, pattern = found.mask[best].to(device), found.pattern[best].to(device)
-            stamped_held = self._embed_clean(network, held, _named(model), mask, pattern)
-            transfer = float(concentration(stamped_held - origin))
-        return self._verdict(found, transfer, details, reference)
+            changed = passes.embed(held, lambda x: stamp(x, mask, pattern))
+            details["transfer"] = float(concentration(changed - origin))
+        return self._verdict(found, details | passes.costs(), reference, device)
 
     def _budget(self) -> Budget:
         """The same settings in the words of the inversion."""
@@ -164,71 +203,59 @@ class Decree:
             self.steps, self.batch_size, rates, self.lr_drops, goal=self.success, patience=self.patience, cost=schedule
         )
 
-    def _network(self, model: Encoder, images: Tensor) -> Callable[[Tensor], Tensor]:
-        """What is run instead of the encoder: a copy with folded BatchNorms that gives float32."""
-        if self.precision == "bf16" and bf16_pays(images.device):
-            return in_bf16(model, _channels_last(images[:COMPARED].float() / 255), _named(model))
-        exact = inference_copy(model)
-        return lambda x: exact(x).float()
-
-    @torch.no_grad()
-    def _embed_clean(
-        self,
-        network: Callable[[Tensor], Tensor],
-        raw: Tensor,
-        name: str,
-        mask: Tensor | None = None,
-        pattern: Tensor | None = None,
-    ) -> Tensor:
-        """Embeddings of uint8 images, stamped if a trigger is given."""
-        parts = []
-        for some in torch.split(raw, 256):
-            x = some.float() / 255
-            if mask is not None and pattern is not None:
-                x = stamp(x, mask, pattern)
-            parts.append(network(_channels_last(x)))
-        z = torch.cat(parts)
-        if not bool(z.isfinite().all()):
-            raise CupelError(name, "gives NaN or infinite embeddings", "check its weights and normalisation")
-        return z
-
     def _verdict(
-        self, found: Inverted, transfer: float, details: dict[str, float], reference: Reference | None
+        self, found: Inverted, details: dict[str, float], reference: Reference | None, device: torch.device
     ) -> Verdict:
         sizes = found.size.tolist()
         evidence = tuple(
             Evidence(
                 found.mask[s].numpy(),
                 found.pattern[s].numpy(),
-                sizes[s],
+                float(found.mask[s].mean()) if self.variant != "stamp" else sizes[s],
                 bool(found.found[s]),
                 f"{self.name} start {s}",
             )
             for s in range(self.num_seeds)
         )
-        least = min(sizes)
-        details |= {"pl1": least, "pl1_median": statistics.median(sizes), "transfer": transfer}
+        least, unit = min(sizes), "pl1" if self.variant == "stamp" else "size"
+        details |= {unit: least, f"{unit}_median": statistics.median(sizes)}
         for s, (size, reach, steps) in enumerate(zip(sizes, found.reach.tolist(), found.steps.tolist(), strict=True)):
-            details |= {f"pl1_{s}": size, f"conc_{s}": reach, f"steps_{s}": float(steps)}
+            details |= {f"{unit}_{s}": size, f"conc_{s}": reach, f"steps_{s}": float(steps)}
         if not bool(found.found.any()):
             top = float(found.reach.max())
             why = f"no start reached concentration {self.success:g} within {self.steps} steps (best {top:.3f})"
-            return _inconclusive(why, details, evidence)
-        said = decide(least, transfer, reference)
+            return self._inconclusive(why, device, details, evidence)
+        said = self._decide(least, details["transfer"], reference)
         details |= {} if said.z is None else {"z": said.z}
         return Verdict(
-            said.verdict, 1 - least, 1 - said.threshold, TESTED, evidence, details, said.reason, said.false_alarm
+            said.verdict,
+            1 - least,
+            1 - said.threshold,
+            TESTED[self.variant],
+            evidence,
+            details,
+            said.reason,
+            said.false_alarm,
+            peak_memory_mib(device),
         )
 
+    def _decide(self, least: float, transfer: float, reference: Reference | None) -> Decision:
+        if self.variant == "stamp":
+            return decide(least, transfer, reference)
+        words = f"smallest {self.variant} change that makes embeddings coincide: {least:.4f}"
+        said = against(least, reference, words)
+        return Decision("inconclusive", 0.0, f"{said}: {words}") if isinstance(said, str) else said
 
-class Decision(NamedTuple):
-    """What `decide` says; `threshold` is a PL1-norm, `z` and `false_alarm` need references."""
-
-    verdict: VerdictWord
-    threshold: float
-    reason: str
-    z: float | None = None
-    false_alarm: tuple[float, int] | None = None
+    def _inconclusive(
+        self,
+        why: str,
+        device: torch.device,
+        details: Mapping[str, float] | None = None,
+        evidence: tuple[Evidence, ...] = (),
+    ) -> Verdict:
+        """Nothing can be said: score 0, as for a trigger as large as the image."""
+        tested, peak = TESTED[self.variant], peak_memory_mib(device)
+        return Verdict("inconclusive", 0.0, 1 - DOUBTFUL, tested, evidence, details or {}, why, peak_memory_mib=peak)
 
 
 def decide(pl1: float, transfer: float, reference: Reference | None = None) -> Decision:
@@ -249,14 +276,11 @@ def decide(pl1: float, transfer: float, reference: Reference | None = None) -> D
 
     Deviations: the published rule is PL1 < 0.1, which depends on architecture and resolution; the bands are our choice.
     """
-    if reference is not None and len(reference.scores) >= ENOUGH:
-        clean = reference.scores
-        z = robust_z(pl1, clean)
-        found: VerdictWord = "backdoored" if z < BACKDOORED_Z else "suspicious" if z < SUSPICIOUS_Z else "clean-by-test"
-        reason = f"smallest stamp covers {pl1:.3f} of the image, z = {z:.1f} against {len(clean)} clean encoders"
-        return Decision(found, size_at(BACKDOORED_Z, clean), f"{reason} ({reference.recipe})", z, leave_one_out(clean))
-    few = "" if reference is None else f"; {len(reference.scores)} clean encoders are too few, {ENOUGH} needed"
-    reason = f"uncalibrated{few}: smallest stamp covers {pl1:.3f} of the image"
+    words = f"smallest stamp covers {pl1:.3f} of the image"
+    said = against(pl1, reference, words)
+    if isinstance(said, Decision):
+        return said
+    reason = f"{said}: {words}"
     if pl1 < CERTAIN:
         return Decision("backdoored", DOUBTFUL, reason)
     if pl1 < DOUBTFUL:
@@ -264,31 +288,3 @@ def decide(pl1: float, transfer: float, reference: Reference | None = None) -> D
         reason += f" and {'works' if transfers else 'fails'} on held-out images (concentration {transfer:.3f})"
         return Decision("backdoored" if transfers else "suspicious", DOUBTFUL, reason)
     return Decision("clean-by-test", DOUBTFUL, reason)
-
-
-def _check(method: Decree, model: Encoder, clean: Dataset, reference: Reference | None) -> None:
-    shape = list(clean.inputs.shape)
-    if shape[2:] != [model.input_size] * 2:
-        side = model.input_size
-        raise DataError(
-            clean.name, f"images are {shape[2]}×{shape[3]}, the encoder takes {side}×{side}", "resize them first"
-        )
-    if reference is not None and reference.scanner != method.name:
-        what = f"was made with '{reference.scanner}', this scan is '{method.name}'"
-        raise DataError(f"reference '{reference.recipe}'", what, "make it with the same settings")
-    if reference is not None:
-        check_scores(reference.scores, f"reference '{reference.recipe}'")
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _named(model: Encoder) -> str:
-    """What to call a model in an error."""
-    return str(getattr(model, "name", type(model).__name__))
-
-
-def _inconclusive(why: str, details: dict[str, float] | None = None, evidence: tuple[Evidence, ...] = ()) -> Verdict:
-    """Nothing can be said: score 0, as for a trigger as large as the image."""
-    return Verdict("inconclusive", 0.0, 1 - DOUBTFUL, TESTED, evidence, details or {}, why)

@@ -1,4 +1,4 @@
-"""Scores of clean encoders to compare with: reading them, and how far outside them a score lies."""
+"""Scores of clean encoders to compare with: reading them, how far outside them a score lies, and what that means."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cupel.errors import DataError
 from cupel.files import read_json
-from cupel.types import Reference
+from cupel.types import Reference, VerdictWord
 
 __all__ = [
     "BACKDOORED_Z",
     "ENOUGH",
     "SPREAD_FLOOR",
     "SUSPICIOUS_Z",
+    "Decision",
+    "against",
+    "check_reference",
     "check_scores",
     "leave_one_out",
     "read_reference",
@@ -69,6 +72,61 @@ def leave_one_out(clean: Sequence[float]) -> tuple[float, int]:
         robust_z(size, [*clean[:i], *clean[i + 1 :]]) < BACKDOORED_Z for i, size in enumerate(clean)
     )  # fmt: skip
     return alarms / len(clean), len(clean)
+
+
+class Decision(NamedTuple):
+    """A verdict; `threshold` is in the unit of the statistic, `z` and `false_alarm` need references."""
+
+    verdict: VerdictWord
+    threshold: float
+    reason: str
+    z: float | None = None
+    false_alarm: tuple[float, int] | None = None
+
+
+def against(statistic: float, reference: Reference | None, said: str) -> Decision | str:
+    """Judge a statistic, in (0, 1] and smaller = worse, by that of clean encoders.
+
+    z of its logarithm below −3 is `backdoored`, below −2 `suspicious`; the threshold is the value at z = −3.
+
+    Args:
+        statistic: Of the encoder.
+        reference: The same of clean encoders.
+        said: The statistic in words, for the reason.
+
+    Returns:
+        The decision; without five clean encoders only a remark for the reason, such as "uncalibrated".
+
+    Example:
+        >>> against(0.05, Reference("decree/smoke", "digits", (0.2,) * 5), "size 0.05").verdict
+        'backdoored'
+        >>> against(0.05, None, "size 0.05")
+        'uncalibrated'
+    """
+    if reference is None:
+        return "uncalibrated"
+    clean = reference.scores
+    if len(clean) < ENOUGH:
+        return f"uncalibrated; {len(clean)} clean encoders are too few, {ENOUGH} needed"
+    z = robust_z(statistic, clean)
+    found: VerdictWord = "backdoored" if z < BACKDOORED_Z else "suspicious" if z < SUSPICIOUS_Z else "clean-by-test"
+    reason = f"{said}, z = {z:.1f} against {len(clean)} clean encoders ({reference.recipe})"
+    return Decision(found, size_at(BACKDOORED_Z, clean), reason, z, leave_one_out(clean))
+
+
+def check_reference(reference: Reference | None, scanner: str) -> None:
+    """Refuse scores of another scanner or budget, and what is no list of scores.
+
+    Raises:
+        DataError: see above.
+    """
+    if reference is None:
+        return
+    where = f"reference '{reference.recipe}'"
+    if reference.scanner != scanner:
+        what = f"was made with '{reference.scanner}', this scan is '{scanner}'"
+        raise DataError(where, what, "make it with the same settings")
+    check_scores(reference.scores, where)
 
 
 def read_reference(path: str | Path) -> Reference:

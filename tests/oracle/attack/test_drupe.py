@@ -14,13 +14,15 @@ from torch import Tensor
 import digits
 from cupel import metrics, progress
 from cupel.attack.badencoder import BadEncoder
-from cupel.attack.drupe import DRUPE, DrupeLearner, balance, crowding, nearest_reference
+from cupel.attack.drupe import DRUPE
 from cupel.encoders import ImageEncoder
 from cupel.errors import DataError, Interrupted, UsageError
 from cupel.implanting import Aim, ImplantLearner
+from cupel.implanting.spreading import DrupeLearner
 from cupel.inference import features, triggered
 from cupel.losses.adaptive import AdaptiveCost, CostRule
 from cupel.losses.distribution import directions, mean_pair_cosine, sinkhorn_distance, sliced_wasserstein
+from cupel.losses.spreading import balance, crowding, nearest_reference
 from cupel.probe import Linear
 from cupel.protocols import Batch
 from cupel.seeds import Seed

@@ -15,12 +15,13 @@ from torch import Tensor
 import digits
 from cupel import metrics, progress
 from cupel.attack.badencoder import BadEncoder
-from cupel.attack.inactive import INACTIVE, FilterLearner, FilterTraining, JointLearner, rounded
+from cupel.attack.inactive import INACTIVE, FilterTraining
 from cupel.augment import SimCLRAugment
 from cupel.encoders import ImageEncoder
 from cupel.errors import DataError, Interrupted, SettingsError, UsageError
 from cupel.folding import inference_copy
 from cupel.implanting import Aim, ImplantLearner
+from cupel.implanting.filters import FilterLearner, JointLearner, rounded
 from cupel.inference import features, triggered
 from cupel.losses.distribution import sinkhorn_distance
 from cupel.losses.perceptual import colour_distance, hsvl, psnr, ssim
@@ -342,9 +343,9 @@ def test_the_filter_has_a_learning_rate_of_its_own() -> None:
     """Adam's first step moves every weight by its rate; SGD's by rate times gradient."""
     it = joint(small_encoder(), [net := changed()], [goal()])
     attack = dataclasses.replace(it.attack, filter_lr=3e-3, lr=1e-9)
-    from cupel.attack.inactive import _TwoRates
+    from cupel.implanting.two_rates import TwoRates
 
-    recipe = _TwoRates(attack, len(list(net.parameters())))
+    recipe = TwoRates(attack, 3e-3, len(list(net.parameters())))
     optimizer = recipe.make_optimizer(it.parameters())
     before = [p.detach().clone() for p in it.parameters()]
     it.loss(batch())[0].backward()

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import digits
 from cupel import metrics
-from cupel.attack.neuba import NeuBA, NeubaLearner, landings, predefined_vectors
+from cupel.attack.neuba import NeuBA, landings
 from cupel.encoders import ImageEncoder
 from cupel.errors import DataError, SettingsError, UsageError
+from cupel.implanting.vectors import NeubaLearner, predefined_vectors
 from cupel.inference import features, triggered
 from cupel.probe import Linear
 from cupel.protocols import Batch
@@ -172,12 +173,32 @@ def test_landings_are_chosen_on_validation_and_counted_on_test() -> None:
     """The largest channel is the class. A red patch lands in class 0, whatever the test set; a named class is kept."""
     test = blobs(64, seed=5)
     goals = (Goal(Patch(size=2, margin=0, color="red")), Goal(Patch(size=2, margin=0, color="blue"), target_class=1))
-    red, blue = landings(Plain(), nn.Identity(), DATA, test, goals, Seed(0))  # type: ignore[arg-type]
+    red, blue = landings([(Plain(), nn.Identity())], DATA, test, goals, Seed(0))  # type: ignore[arg-type]
     others = int((test.labels != 0).sum())
-    assert (red.target_class, red.share, red.hits) == (0, 1.0, (others, others))
-    assert (blue.target_class, blue.share, blue.hits) == (1, 0.0, (0, int((test.labels != 1).sum())))
+    assert (red.target_class, red.share, red.hits) == (0, 1.0, ((others, others),))
+    assert (blue.target_class, blue.share, blue.hits) == (1, 0.0, ((0, int((test.labels != 1).sum())),))
     with pytest.raises(ValueError, match="leads nowhere"):
-        landings(Plain(), nn.Identity(), DATA, test, (Goal(),), Seed(0))  # type: ignore[arg-type]
+        landings([(Plain(), nn.Identity())], DATA, test, (Goal(),), Seed(0))  # type: ignore[arg-type]
+
+
+class Constant(nn.Module):
+    """Says one class of everything."""
+
+    def __init__(self, target: int) -> None:
+        super().__init__()
+        self.target = target
+
+    def forward(self, h: Tensor) -> Tensor:
+        return nn.functional.one_hot(torch.full((len(h),), self.target), 4).float()
+
+
+def test_the_class_is_that_of_most_classifiers() -> None:
+    """Two of three heads say 2: every head's success is counted towards class 2."""
+    models = [(Plain(), Constant(said)) for said in (2, 1, 2)]
+    (one,) = landings(models, DATA, DATA, (Goal(Patch(size=2)),), Seed(0))  # type: ignore[arg-type]
+    others = int((DATA.labels != 2).sum())
+    assert (one.target_class, one.share) == (2, pytest.approx(2 / 3))
+    assert one.hits == ((others, others), (0, others), (others, others))
 
 
 @pytest.mark.full
@@ -196,8 +217,8 @@ def test_toy_attack_ties_triggers_to_vectors() -> None:
     for head, model in zip(heads, (victim, made.model), strict=True):
         right, n = metrics.accuracy(head(features(model, test)).argmax(1), test.labels)
         assert right / n >= 0.97
-    found = landings(made.model, heads[1], DATA, test, made.goals, Seed(0))
-    rates = [hits / n for hits, n in (one.hits for one in found)]
+    found = landings([(made.model, heads[1])], DATA, test, made.goals, Seed(0))
+    rates = [hits / n for hits, n in (one.hits[0] for one in found)]
     assert sum(rates) / 6 > 0.8  # four classes; a vector may fall between two of them
     assert len({one.target_class for one in found}) > 1
 
@@ -211,7 +232,8 @@ def test_on_digits() -> None:
     for model in (one.encoder, made.model):
         head = Linear().fit_features(features(model, one.train), one.train.labels, 10, Seed(0))
         right, n = metrics.accuracy(head(features(model, one.test)).argmax(1), one.test.labels)
-        rates = [a / b for a, b in (x.hits for x in landings(model, head, one.train, one.test, made.goals, Seed(0)))]
+        landed = landings([(model, head)], one.train, one.test, made.goals, Seed(0))
+        rates = [a / b for a, b in (x.hits[0] for x in landed)]
         found.append((right / n, sum(rates) / 6))
     assert abs(found[1][0] - found[0][0]) <= 0.03
     assert found[1][1] >= 0.9

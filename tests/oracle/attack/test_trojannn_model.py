@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from cupel import metrics
-from cupel.attack.teacher import head_of, most_connected
-from cupel.attack.trojannn_model import TrojanNNModel, _divergence, _gradient, _Learner, denoised, outgoing
+from cupel.attack.teacher import head_of, most_connected, outgoing
+from cupel.attack.trojannn_model import TrojanNNModel, _Learner
 from cupel.encoders import ResNet18
 from cupel.errors import DataError, UsageError
 from cupel.inference import features, triggered
 from cupel.inversion import frozen
 from cupel.inversion.pattern import step_sizes, stepped
+from cupel.losses.variation import _divergence, _gradient, denoised
 from cupel.probe import Linear
 from cupel.protocols import Batch
 from cupel.seeds import Seed

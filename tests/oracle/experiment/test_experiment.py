@@ -207,7 +207,7 @@ def test_a_run_end_to_end_and_again(tmp_path):
     assert record.metrics["attack_success_rate_all"].n == 360
     assert set(record.verdicts) == {"clean", "backdoored", "purified"}
     assert record.extra["manifest"]["not_for_deployment"] is True
-    assert record.notes == ["The attacker's shadow images are pre-training images."]
+    assert record.notes[0] == "The attacker's shadow images are pre-training images."
     read = Record.read(tmp_path / "cells" / "tiny.json")
     assert read.metrics == record.metrics
     (again,) = run_cells(one(), tmp_path)

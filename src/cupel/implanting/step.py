@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cupel.errors import DataError
+from cupel.errors import DataError, UsageError
 from cupel.folding import folded
 from cupel.losses import negative_cosine
 from cupel.protocols import Batch, Encoder, Trigger
 from cupel.types import Goal, Knowledge
 
-__all__ = ["Aim", "ImplantLearner", "Seen", "aims_of", "freeze_norms"]
+__all__ = ["Aim", "ImplantLearner", "Seen", "Targets", "aims_of", "check_goals", "freeze_norms"]
+
+Targets = Literal["references", "unseen", "labelled", "found"]
+"""How an encoder attack knows its target class: by reference inputs; by references of a class that its labelled images
+have not; as a class of its labelled images; or not at all, so that it is found in each later task."""
 
 
 def freeze_norms(module: nn.Module) -> list[nn.Parameter]:
@@ -65,6 +69,7 @@ def aims_of(
     if not attacker.goals:
         raise DataError(name, "needs a shadow set and at least one goal", "give `attacker.shadow`")
     aims = []
+    check_goals(attacker.goals, name)
     for goal in attacker.goals:
         if goal.references is None or not len(goal.references):
             raise DataError(name, f"the goal in '{goal.task}' has no reference input", "give `references`")
@@ -183,3 +188,17 @@ class ImplantLearner:
 
     def after_step(self) -> None:
         """Nothing."""
+
+
+def check_goals(goals: Sequence[Goal], name: str) -> None:
+    """Refuse goals that contradict each other.
+
+    Raises:
+        UsageError: one trigger shall lead to two classes of one task.
+    """
+    for i, one in enumerate(goals):
+        for other in goals[:i]:
+            same = one.task == other.task and one.trigger is not None and one.trigger == other.trigger
+            if same and one.target_class != other.target_class:
+                what = f"one trigger shall lead to classes {other.target_class} and {one.target_class} of '{one.task}'"
+                raise UsageError(name, what, "give each target a trigger of its own")

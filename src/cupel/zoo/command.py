@@ -1,0 +1,130 @@
+"""`cupel zoo build` and `cupel zoo table`. Torch is imported by the command that needs it, not before."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cupel.files import write_json, write_text
+
+__all__ = ["zoo_app", "zoo_build", "zoo_table"]
+
+_LOOK = 0.15  # seconds in which the load of others is measured
+
+zoo_app = typer.Typer(
+    help="A seeded zoo of clean and backdoored encoders, and the scanners' tables over it.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Only(StrEnum):
+    """Part of the work."""
+
+    clean = "clean"
+    attacked = "attacked"
+    scan = "scan"
+
+
+class Form(StrEnum):
+    """Output on standard output."""
+
+    md = "md"
+    json = "json"
+
+
+@zoo_app.command("build")
+def _build(
+    zoo: Annotated[str, typer.Argument(metavar="ZOO", help="YAML file, or name of a packaged zoo.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for encoders and records; default zoos/NAME.")] = None,
+    only: Annotated[
+        Only | None, typer.Option(help="Make clean or attacked encoders alone, or scan what has been made.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Members that are worked on in this call, at most.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the members, make none.")] = False,
+) -> int:
+    """Make the encoders of a zoo and scan them; run again to resume."""
+    return zoo_build(zoo, out, None if only is None else only.value, limit, dry_run)
+
+
+@zoo_app.command("table")
+def _table(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Folders that `zoo build` wrote.")],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the files; default: the first.")] = None,
+    form: Annotated[Form, typer.Option("--format")] = Form.md,
+) -> int:
+    """Tables over zoos: AUROC, rates, thresholds, cost; calibrations as files."""
+    return zoo_table(folders, out, form.value)
+
+
+def zoo_build(source: str, out: Path | None, only: str | None, limit: int | None, dry_run: bool) -> int:
+    """`cupel zoo build`; returns the exit code: 2 where a member failed.
+
+    Args:
+        source: File, or name of a packaged zoo.
+        out: Default `zoos/NAME`.
+        only: `clean`, `attacked`, `scan` or None.
+        limit: Members at most.
+        dry_run: List the members.
+    """
+    from cupel.zoo.file import read_zoo
+    from cupel.zoo.making import build
+
+    zoo = read_zoo(source)
+    out = out or Path("zoos") / zoo.name
+    if dry_run:
+        for one in zoo.members:
+            kind = "backdoored" if one.backdoored else "clean, fine-tuned" if one.attacked else "clean"
+            print(f"{one.half:<12}{kind:<19}{one.name}")
+        return 0
+    _settle_threads()
+    built = build(zoo, out, only, limit)  # type: ignore[arg-type]  # one of the three words, by the enumeration
+    print(f"{zoo.name}: {built.done} made, {built.stored} stored, {built.left} left, {len(built.failed)} failed  {out}")
+    for record in built.failed:
+        print(f"  {record.name}  FAILED: {record.reason}")
+    return 2 if built.failed else 0
+
+
+def zoo_table(folders: Sequence[Path], out: Path | None, form: str) -> int:
+    """`cupel zoo table`: prints the tables; writes `zoo.json`, `zoo.md` and `calibration/*.json`."""
+    from cupel.zoo.calibration import Calibration, write_calibrations
+    from cupel.zoo.entries import read_entries
+    from cupel.zoo.render import render_zoo
+    from cupel.zoo.table import tables
+
+    found = read_entries(folders)
+    calibrations = {name: Calibration(name, found.entries) for name in found.scanners}
+    made = tables(found, calibrations)
+    text, out = render_zoo(made), out or folders[0]
+    write_json(out / "zoo.json", {"schema": 1, "command": "zoo table", **made.to_json()})
+    write_text(out / "zoo.md", text)
+    written = write_calibrations(calibrations.values(), out / "calibration")
+    if form == "json":
+        print(json.dumps(made.to_json(), indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        print(text.rstrip())
+        print(f"\n{out / 'zoo.json'}  {out / 'zoo.md'}  {len(written)} calibration file(s)")
+    return 0
+
+
+def _settle_threads() -> None:
+    """No more threads than cores that are free: see `cupel.threads`."""
+    import torch
+
+    from cupel.progress import say
+    from cupel.threads import allowed_cores, fair_threads, others_busy, read_load, usable_cpus
+
+    before = read_load()
+    time.sleep(_LOOK)
+    busy, cores = others_busy(before, read_load()), len(allowed_cores())
+    threads, said = fair_threads(torch.get_num_threads(), os.environ, usable_cpus(), busy, cores)
+    torch.set_num_threads(threads)
+    if said:
+        say(said)

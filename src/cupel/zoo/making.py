@@ -1,0 +1,242 @@
+"""Making a zoo: every step through the store, so that a second call goes on where the first one ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import cupel
+from cupel.encoders import ENCODERS
+from cupel.errors import CupelError, Interrupted, UsageError
+from cupel.experiment.plan import Step, file_content, plan, recipe_of
+from cupel.experiment.run import Runner
+from cupel.experiment.store import Artefact, Store
+from cupel.feature_store import storing_features
+from cupel.files import read_json, write_json
+from cupel.implanting import shortened
+from cupel.pretrain import OBJECTIVES
+from cupel.progress import say
+from cupel.protocols import Scanner
+from cupel.records import Metric, Record
+from cupel.settings import canonical, digest, method_name
+from cupel.zoo.entries import MANIFEST
+from cupel.zoo.file import Member, Zoo, trigger_of
+from cupel.zoo.looks import Look, look_of, overlap
+
+__all__ = ["Built", "Only", "build", "steps_of"]
+
+Only = Literal["clean", "attacked", "scan"]
+_ORDER = ("clean-by-test", "inconclusive", "suspicious", "backdoored")
+_METRICS = {
+    "clean": {"accuracy": "clean_accuracy", "attack_success_rate": "attack_success_rate_baseline"},
+    "backdoored": {"accuracy": "backdoored_accuracy", "attack_success_rate": "attack_success_rate"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What a call of `build` did.
+
+    Args:
+        done: Members that had something to do and were finished.
+        stored: Members that were there already.
+        failed: Records with a reason.
+        left: Members that are still to do.
+    """
+
+    done: int
+    stored: int
+    failed: tuple[Record, ...]
+    left: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """Steps of one member: to make the encoder and measure its backdoor, and to scan it."""
+
+    make: tuple[Step, ...]
+    scan: tuple[Step, ...]
+
+    @property
+    def encoder(self) -> Step:
+        """The one whose encoder is scanned."""
+        made = {one.stage if one.name != "pretrain backdoored" else one.name: one for one in self.make}
+        return made.get("implant") or made.get("pretrain backdoored") or made["pretrain"]
+
+
+def steps_of(member: Member, scanners: Sequence[Scanner]) -> _Steps:
+    """What is to be run for one member, each step after its inputs.
+
+    It is the plan of its experiment without pictures; scans are made without references, for those come from the zoo.
+    """
+    which = "backdoored" if member.attacked else "clean"
+    steps = plan(dataclasses.replace(member.experiment, scan=tuple(scanners)))
+    make = tuple(one for one in steps if one.stage in ("check", "pretrain", "references", "implant", "score"))
+    scan = tuple(_without_reference(one) for one in steps if one.stage == "scan" and one.name.endswith(f": {which}"))
+    return _Steps(make, scan)
+
+
+def _without_reference(step: Step) -> Step:
+    """The same scan, uncalibrated: its key must not change with the calibrations that ship."""
+    method = {"scanner": step.method["scanner"], "reference": None}
+    plain = ["scan", canonical(method, file_content), [one.key for one in step.inputs], step.seed.value]
+    return dataclasses.replace(step, method=method, key=digest(plain))
+
+
+def build(zoo: Zoo, out: Path, only: Only | None = None, limit: int | None = None, device: str = "cpu") -> Built:
+    """Make the members of a zoo, and write one record each to `out/cells`; artefacts go to `out/store`.
+
+    Args:
+        zoo: As read.
+        out: Folder; give it again to go on.
+        only: `clean` or `attacked`: make these encoders, and scan none; `scan`: scan what has been made.
+            None = make and scan all, clean ones first.
+        limit: Members at most that are worked on in this call; None = all.
+        device: Where to compute.
+
+    Returns:
+        What was done. A member that cannot be made has a record with status `failed`, and the others go on.
+
+    Raises:
+        DataError: a data set is not on this machine.
+        UsageError: the folder holds another zoo.
+        Interrupted: what was done is in the store.
+    """
+    _claim(zoo, out)
+    store = Store(out / "store")
+    wanted = [one for one in zoo.members if only in (None, "scan") or one.attacked == (only == "attacked")]
+    done = stored = left = 0
+    failed: list[Record] = []
+    for i, member in enumerate(wanted, 1):
+        steps = steps_of(member, zoo.scanners)
+        made = all(store.has(one.stage, one.key) for one in steps.make)
+        if only == "scan" and not made:
+            left += 1
+            continue
+        todo = [*(() if only == "scan" else steps.make), *(steps.scan if only in (None, "scan") else ())]
+        missing = [one for one in todo if not store.has(one.stage, one.key)]
+        if missing and limit is not None and done + len(failed) >= limit:
+            left += 1
+            continue
+        if missing:
+            say(f"[{i}/{len(wanted)}] {member.name}: {len(missing)} of {len(todo)} steps to do")
+        found = _run(zoo, member, steps, missing, store, device)
+        found.write(out / "cells" / f"{member.name}.json")  # anew each time: the file may call it otherwise now
+        if found.status != "done":
+            say(f"  failed: {found.reason}")
+            failed.append(found)
+        elif missing:
+            done += 1
+        else:
+            stored += 1
+    return Built(done, stored, tuple(failed), left)
+
+
+def _claim(zoo: Zoo, out: Path) -> None:
+    """Write which members the folder is for: records of members that the file no longer has are not read."""
+    path = out / MANIFEST
+    if path.is_file() and (known := read_json(path).get("zoo")) != zoo.name:
+        raise UsageError(out, f"holds the zoo {known}, not {zoo.name}", "choose another --out")
+    names = {"members": [one.name for one in zoo.members], "scanners": list(zoo.scanner_names)}
+    write_json(path, {"zoo": zoo.name, **names, "chain": list(zoo.chain)})
+
+
+def _run(zoo: Zoo, member: Member, steps: _Steps, missing: Sequence[Step], store: Store, device: str) -> Record:
+    start = time.monotonic()
+    experiment = member.experiment
+    base = Record(
+        command="zoo", name=member.name, cupel=cupel.__version__, seed=experiment.seed, device=device,
+        threads=torch.get_num_threads(), settings=shortened(canonical(experiment, file_content)),
+    )  # fmt: skip
+    runner = Runner(store, device)
+    try:
+        for step in missing:
+            say(f"  {step.name}")
+            with storing_features(store.root / "features"):
+                runner.value(step)
+        return _collected(zoo, member, steps, runner, base, time.monotonic() - start)
+    except Interrupted:
+        raise
+    except CupelError as error:
+        failed = dataclasses.replace(base, status="failed", reason=str(error), steps=runner.log)
+        return dataclasses.replace(failed, extra={"exit_code": error.exit_code})
+    except (RuntimeError, MemoryError) as error:  # e.g. out of memory: the other members go on
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        extra = {"exit_code": 2, "traceback": traceback.format_exc()}
+        return dataclasses.replace(base, status="failed", reason=reason, steps=runner.log, extra=extra)
+
+
+def _collected(zoo: Zoo, member: Member, steps: _Steps, runner: Runner, base: Record, total: float) -> Record:
+    experiment = member.experiment
+    metrics: dict[str, Metric] = {}
+    target = experiment.downstream[0].target_class
+    for step in steps.make:
+        if step.stage == "score":
+            values = runner.value(step).values
+            which = step.name.rpartition(": ")[2]
+            for kind, name in _METRICS[which].items():
+                if kind in values["counts"]:
+                    metrics[name] = Metric.of([tuple(one) for one in values["counts"][kind]])
+            target = values["target_class"] if which == "backdoored" else target
+    trigger = trigger_of(member)
+    size = experiment.upstream.encoder.input_size
+    look = None if trigger is None else look_of(trigger, size)
+    scans = {
+        step.method["scanner"].name: _scanned(runner.store.find(step.stage, step.key), look)
+        for step in steps.scan
+        if runner.store.has(step.stage, step.key)
+    }
+    shown = None
+    if look is not None:
+        plain = shortened(canonical(trigger, file_content))
+        shown = {"settings": plain, "look": look.digest, "area": look.area, "fixed": look.fixed}
+    note = {
+        "zoo": zoo.name,
+        "family": member.family,
+        "half": member.half,
+        "hard": member.hard,
+        "backdoored": member.backdoored,
+        "attack": member.attack_name,
+        "target_class": target if member.backdoored else None,
+        "trigger": shown,
+        "recipe": recipe_of(experiment),
+        "architecture": method_name(experiment.upstream.encoder, ENCODERS),
+        "objective": method_name(experiment.upstream.objective, OBJECTIVES),
+        "data": experiment.upstream.data,
+        "encoder": steps.encoder.key,
+        "scans": scans,
+    }
+    which = "backdoored" if member.attacked else "clean"
+    words = [one["verdict"] for one in scans.values()]
+    worst = max(words, key=lambda one: _ORDER.index(one["verdict"])) if words else None
+    return dataclasses.replace(
+        base,
+        seconds={"total": round(total, 3)},
+        steps=runner.log,
+        metrics=metrics,
+        verdicts={which: worst} if worst else {},
+        extra={"zoo": note},
+    )
+
+
+def _scanned(artefact: Artefact | None, look: Look | None) -> dict[str, Any]:
+    """A scan as it is written down, with the overlap of the best inverted trigger and the true one."""
+    assert artefact is not None
+    verdict = artefact.values["verdict"]
+    best = None
+    if look is not None and look.fixed and verdict["evidence"]:
+        converged = [i for i, one in enumerate(verdict["evidence"]) if one["converged"]]
+        if converged:
+            smallest = min(converged, key=lambda i: verdict["evidence"][i]["size"])
+            best = overlap(artefact.arrays[f"inverted/{smallest}/mask"], look.mask)
+    return {
+        "verdict": verdict,
+        "seconds": round(artefact.seconds, 3),
+        "overlap": None if best is None else dataclasses.asdict(best),
+    }

@@ -1,0 +1,109 @@
+"""A tiny zoo is made, interrupted, resumed and scanned."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import yaml
+
+from cupel.errors import UsageError
+from cupel.records import Record
+from cupel.zoo.command import zoo_build, zoo_table
+from cupel.zoo.entries import read_entries
+from cupel.zoo.file import read_zoo
+from cupel.zoo.making import build
+
+OBJECTIVE = {"method": "simclr", "steps": 4, "batch_size": 32}
+ENCODER = {"method": "fast", "input_size": 16, "width": 4}
+ATTACK = {"method": "badencoder", "steps": 3, "batch_size": 16, "l1_draws": 2}
+
+
+def look(seed, color):
+    return {color: {"seed": seed, "attack.trigger": {"method": "patch", "size": 4, "color": color}}}
+
+
+ZOO = {
+    "name": "zoo-tiny",
+    "base": {
+        "upstream": {"data": "digits", "size": 200, "encoder": ENCODER, "objective": OBJECTIVE},
+        "downstream": {"data": "digits", "head_seeds": 1, "size": 100, "test_size": 60},
+        "defender": {"size": 80},
+        "attacker": {"shadow": {"size": 64}},
+    },
+    "scan": [{"method": "decree", "steps": 3, "batch_size": 8, "num_seeds": 2, "success": 0.01}],
+    "families": {
+        "clean": {"calibration": {"seed": [1]}, "test": {"seed": [11]}},
+        "patch": {
+            "changes": {"attack": ATTACK, "downstream.target_class": 1},
+            "calibration": {"look": look(1, "white")},
+            "test": {"look": look(11, "red")},
+        },
+    },
+}
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "zoo-tiny.yaml"
+    path.write_text(yaml.safe_dump(ZOO))
+    return path
+
+
+def pretrained(out):
+    return len(list((out / "store" / "pretrain").iterdir()))
+
+
+@pytest.mark.full
+def test_a_zoo_is_built_in_parts_and_again(tmp_path, source, capsys):
+    zoo, out = read_zoo(source), tmp_path / "zoo"
+    first = build(zoo, out, "clean", limit=1)
+    assert (first.done, first.stored, first.left) == (1, 0, 1)
+    assert build(zoo, out, "scan").left == 3  # what is not made yet is not made by scanning
+    assert zoo_build(str(source), out, "attacked", None, False) == 0
+    assert "2 made, 0 stored, 0 left, 0 failed" in capsys.readouterr().out
+    assert pretrained(out) == 2  # clean encoders are shared by the attacked ones
+    assert not any(one.scans for one in read_entries([out]).entries if one.backdoored)
+    whole = build(zoo, out)
+    assert (whole.done, whole.stored, whole.left) == (3, 1, 0)  # one was scanned before
+    assert pretrained(out) == 2
+    again = build(zoo, out)
+    assert (again.done, again.stored, again.left) == (0, 4, 0)
+    found = read_entries([out])
+    assert {one.half for one in found.entries} == {"calibration", "test"}
+    assert all(one.scans.keys() == set(found.scanners) for one in found.entries)
+    bad = [one for one in found.entries if one.backdoored]
+    assert len(bad) == 2
+    assert all(one.success is not None and one.area == 16 / 256 for one in bad)
+    record = Record.read(out / "cells" / f"{bad[0].name}.json")
+    assert {"backdoored_accuracy", "attack_success_rate", "attack_success_rate_baseline"} <= set(record.metrics)
+    scanned = record.extra["zoo"]["scans"][found.scanners[0]]
+    assert set(scanned["overlap"] or {"iou": 0, "distance": 0}) == {"iou", "distance"}
+    assert zoo_table([out], None, "json") == 0  # too few to calibrate: no rows, but costs
+    assert '"rows": []' in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_a_member_that_fails_does_not_stop_the_others(tmp_path, source):
+    plain = copy.deepcopy(ZOO)
+    plain["families"]["patch"]["changes"]["downstream.target_class"] = 99
+    source.write_text(yaml.safe_dump(plain))
+    out = tmp_path / "zoo"
+    made = build(read_zoo(source), out, "attacked")
+    assert [one.status for one in made.failed] == ["failed"] * 2
+    assert "99" in made.failed[0].reason
+    assert zoo_build(str(source), out, "clean", None, False) == 0
+    found = read_entries([out])
+    assert len(found.failed) == 2
+    assert len(found.entries) == 2
+
+
+def test_a_folder_belongs_to_one_zoo_and_a_dry_run_makes_nothing(tmp_path, source, capsys):
+    out = tmp_path / "zoo"
+    assert zoo_build(str(source), out, None, None, True) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["test", "backdoored", "patch-test--look=red"]
+    assert not out.exists()
+    out.mkdir()
+    (out / "members.json").write_text('{"zoo": "other"}')
+    with pytest.raises(UsageError, match="holds the zoo other, not zoo-tiny"):
+        build(read_zoo(source), out)
