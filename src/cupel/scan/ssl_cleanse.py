@@ -37,8 +37,8 @@ class SSLCleanse:
     """The smallest trigger towards each cluster of embeddings, and whether one is an outlier; label-free.
 
     Embeddings are clustered by k-means; for each cluster a mask m and a pattern Δ are searched that move images of the
-    others into it: minimise mean(2 − 2 cos(f((1 − m) x + m Δ), r)) + λ mean(m). Score = anomaly index of the smallest
-    mask.
+    others into it: minimise mean(2 − 2 cos(f((1 − m) x + m Δ), r)) + λ mean(m). Score = 1 − the smallest size. Without
+    references, the threshold lies `threshold` robust deviations below the median size of the same encoder's clusters.
 
     Args:
         num_clusters: K; None = chosen by the knee of the inertia, at most `max_clusters`.
@@ -51,13 +51,15 @@ class SSLCleanse:
         success: Share of a batch that must arrive.
         cost, cost_factor, patience: λ: first value, step, and the successes in a row before each.
         toward: What stamped embeddings are pulled to: a random `member` of the cluster each, or its `centre`.
-        threshold: Anomaly index above which a cluster counts as an outlier, without references.
+        threshold: Anomaly index above which a cluster counts as an outlier; without references it makes the encoder
+            suspicious. With few clusters whose sizes differ widely the index says little.
         precision: Of the encoder's passes; bf16 is used where the hardware computes in it and the encoder's clean
             embeddings agree with float32.
 
     Source: Zheng et al., SSL-Cleanse, ECCV 2024, arXiv:2303.09079, and its code.
     Deviations: the usual constant 1.4826 and true medians in the index; mask sizes instead of mask times pattern;
-    embeddings of length 1; images without replacement; the budgets `smoke` and `standard`, with a larger rate.
+    embeddings of length 1; images without replacement; the budgets `smoke` and `standard`, with a larger rate; with
+    references, verdicts by the smallest size.
     """
 
     num_clusters: Annotated[int, Field(ge=2)] | None = None
@@ -111,7 +113,7 @@ class SSLCleanse:
             model: Encoder; its weights, flags and modes are as before afterwards.
             clean: Images of its input size. Labels are not read.
             seed: Choice of images, clusters, starts, batches.
-            reference: 1 / (1 + index) of clean encoders of the same recipe, found with the same settings.
+            reference: Smallest sizes for clean encoders of the same recipe, found with the same settings.
 
         Returns:
             One `Evidence` per outlying cluster, else the smallest trigger alone. `inconclusive` with fewer than 64
@@ -192,13 +194,13 @@ class SSLCleanse:
         )
         if len(sizes) <= FEW_CLUSTERS:
             words += f"; with {len(sizes)} clusters the index is unreliable"
-        said = against(1 / (1 + index), reference, words)
+        said = against(min(sizes), reference, words)
         if isinstance(said, str):
             word: Literal["suspicious", "clean-by-test"] = "suspicious" if outliers else "clean-by-test"
-            said = Decision(word, 1 / (1 + self.threshold), f"{said}: {words}")
+            said = Decision(word, max(0.0, anomaly.median - self.threshold * anomaly.mad), f"{said}: {words}")
         details |= {} if said.z is None else {"z": said.z}
         return Verdict(
-            said.verdict, index, 1 / said.threshold - 1, TESTED, evidence, details, said.reason, said.false_alarm,
+            said.verdict, 1 - min(sizes), 1 - said.threshold, TESTED, evidence, details, said.reason, said.false_alarm,
             peak_memory_mib(device),
         )  # fmt: skip
 

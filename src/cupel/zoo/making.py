@@ -28,6 +28,7 @@ from cupel.settings import canonical, digest, method_name
 from cupel.zoo.entries import MANIFEST
 from cupel.zoo.file import Member, Zoo, trigger_of
 from cupel.zoo.looks import Look, look_of, overlap
+from cupel.zoo.meta import base_of, learns, scan_with_reference, with_base
 
 __all__ = ["Built", "Only", "build", "steps_of"]
 
@@ -70,11 +71,22 @@ class _Steps:
         return made.get("implant") or made.get("pretrain backdoored") or made["pretrain"]
 
 
-def steps_of(member: Member, scanners: Sequence[Scanner]) -> _Steps:
+def steps_of(member: Member, zoo: Zoo) -> _Steps:
     """What is to be run for one member, each step after its inputs.
 
     It is the plan of its experiment without pictures; scans are made without references, for those come from the zoo.
+    Scanners that learn from shadow models get theirs from a clean encoder of the calibration half.
     """
+    found = _planned(member, zoo.scanners)
+    if not any(learns(one) for one in zoo.scanners):
+        return found
+    base = _planned(base_of(member, zoo.members), zoo.scanners)
+    pairs = zip(found.scan, base.scan, strict=True)
+    scan = tuple(with_base(one, own) if learns(one.method["scanner"]) else one for one, own in pairs)
+    return dataclasses.replace(found, scan=scan)
+
+
+def _planned(member: Member, scanners: Sequence[Scanner]) -> _Steps:
     which = "backdoored" if member.attacked else "clean"
     steps = plan(dataclasses.replace(member.experiment, scan=tuple(scanners)))
     make = tuple(one for one in steps if one.stage in ("check", "pretrain", "references", "implant", "score"))
@@ -114,7 +126,7 @@ def build(zoo: Zoo, out: Path, only: Only | None = None, limit: int | None = Non
     done = stored = left = 0
     failed: list[Record] = []
     for i, member in enumerate(wanted, 1):
-        steps = steps_of(member, zoo.scanners)
+        steps = steps_of(member, zoo)
         made = all(store.has(one.stage, one.key) for one in steps.make)
         if only == "scan" and not made:
             left += 1
@@ -159,7 +171,10 @@ def _run(zoo: Zoo, member: Member, steps: _Steps, missing: Sequence[Step], store
         for step in missing:
             say(f"  {step.name}")
             with storing_features(store.root / "features"):
-                runner.value(step)
+                if step.stage == "scan" and "base" in step.method:
+                    scan_with_reference(step, runner)
+                else:
+                    runner.value(step)
         return _collected(zoo, member, steps, runner, base, time.monotonic() - start)
     except Interrupted:
         raise

@@ -1,4 +1,4 @@
-"""CLP: gains against NumPy's singular values, the channel that stands out, shortcuts paired with their own BatchNorm."""
+"""CLP: gains against NumPy's singular values, the channel that stands out, shortcuts and their BatchNorms."""
 
 import math
 from typing import Any
@@ -27,10 +27,8 @@ def encoder() -> ImageEncoder:
     with torch.no_grad():
         for part in made.module.modules():
             if isinstance(part, nn.Conv2d):
-                part.weight.copy_(
-                    part.weight[:1].expand_as(part.weight)
-                    * torch.linspace(0.98, 1.02, len(part.weight)).view(-1, 1, 1, 1)
-                )
+                factors = torch.linspace(0.98, 1.02, len(part.weight)).view(-1, 1, 1, 1)
+                part.weight.copy_(part.weight[:1].expand_as(part.weight) * factors)
     return made
 
 
@@ -75,7 +73,7 @@ def test_only_the_channel_that_stands_out_is_cut() -> None:
     assert changed <= {"backbone.layer1.bn1.weight", "backbone.layer1.bn1.bias"}
     norm = made.module.backbone.layer1.bn1
     assert norm.weight.ne(0).tolist() == [k != 5 for k in range(16)]
-    assert float(norm.bias[5]) == 0
+    assert norm.bias[5].item() == 0
     assert sorted(history["pruned"])[-2:] == [0.0, 1 / 16]
     untouched = CLP(u=math.inf).purify(given, NO_DATA, Seed(0))
     assert all(torch.equal(before[k], v) for k, v in untouched.module.state_dict().items())

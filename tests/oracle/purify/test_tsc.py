@@ -48,8 +48,10 @@ def shuffles(groups: ChannelGroups, network: nn.Module, seed: int = 0) -> list[T
 
 def small(name: str) -> ImageEncoder:
     sizes: dict[str, dict[str, Any]] = {
-        "fast": {"width": 8}, "resnet18": {"width_multiplier": 0.0625}, "projected": {"base": Fast(width=4, input_size=16)},
-    }  # fmt: skip
+        "fast": {"width": 8},
+        "resnet18": {"width_multiplier": 0.0625},
+        "projected": {"base": Fast(width=4, input_size=16)},
+    }
     extra = {} if name == "projected" else {"input_size": 16}
     return ENCODERS[name](**sizes[name], **extra).build(Seed(0))
 
@@ -104,7 +106,10 @@ def test_the_best_assignment_finds_the_shuffle(metric: Any) -> None:
     known = shuffles(groups, network)
     other = permuted(state, groups, known)
     found = method.orders(groups, other, state, DATA, best=True)
-    assert all(torch.equal(a, b) for a, b in zip(found, known, strict=True))
+    for order, true, seen in zip(found, known, groups.activations(other, DATA.inputs.float() / 255), strict=True):
+        alive = seen.std(dim=0) > 1e-6  # channels that are always 0 cannot be told apart
+        assert int(alive.sum()) >= 3
+        assert torch.equal(order[alive], true[alive])
     assert all(torch.equal(v, state[k]) for k, v in network.state_dict().items())  # nothing is left behind
 
 
@@ -185,7 +190,7 @@ def test_the_penalty_is_half_its_weight_times_the_square_of_the_point() -> None:
         learner = CurveLearner(TSC(penalty=penalty), network, a, b)
         losses.append(learner.loss(batch)[0].item())
         t = float(torch.rand((), generator=batch.seed.child("t").torch()))
-        square = sum(float(v.square().sum()) for v in learner.at(t).values())
+        square = sum(v.square().sum().item() for v in learner.at(t).values())
     assert losses[1] - losses[0] == pytest.approx(0.25 * square, rel=1e-3)
 
 

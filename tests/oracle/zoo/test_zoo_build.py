@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import sys
 
 import pytest
+import torch
 import yaml
 
 from cupel.errors import UsageError
+from cupel.experiment import Store
+from cupel.experiment.run import Runner
+from cupel.feature_store import weights_sha256
 from cupel.records import Record
+from cupel.scan import Decree
+from cupel.scan.mntd_meta import Meta, MetaReference
+from cupel.seeds import Seed
+from cupel.types import Verdict
 from cupel.zoo.command import zoo_build, zoo_table
 from cupel.zoo.entries import read_entries
 from cupel.zoo.file import read_zoo
-from cupel.zoo.making import build
+from cupel.zoo.making import build, steps_of
 
 OBJECTIVE = {"method": "simclr", "steps": 4, "batch_size": 32}
 ENCODER = {"method": "fast", "input_size": 16, "width": 4}
@@ -96,6 +106,36 @@ def test_a_member_that_fails_does_not_stop_the_others(tmp_path, source):
     found = read_entries([out])
     assert len(found.failed) == 2
     assert len(found.entries) == 2
+
+
+@pytest.mark.full
+def test_shadow_models_are_made_once_from_the_calibration_half(tmp_path, source, monkeypatch):
+    trained, given = [], []
+
+    class Shadowed(Decree):
+        def train_reference(self, base, data, seed, *, checkpoint=None):
+            trained.append((weights_sha256(base), data.withheld_from, checkpoint.parent.is_dir()))
+            arrays = Meta(torch.zeros(2, 3, 16, 16), 1, 4, Seed(0)).state_dict()
+            plain = {name: one.numpy() for name, one in arrays.items()}
+            return MetaReference("shadowed", "shadows", (0.0,) * 8, plain, False, 0.9, 0.5, 16)
+
+        def scan(self, model, clean, seed, reference=None):
+            given.append(reference.auc)
+            return Verdict("clean-by-test", 0.1, 0.5, "nothing", reason="a stub")
+
+    monkeypatch.setattr(sys.modules["cupel.experiment.plan"], "SCANNERS", {"decree": Shadowed})
+    zoo = dataclasses.replace(read_zoo(source), scanners=(Shadowed(steps=3),), chain=())
+    out = tmp_path / "zoo"
+    made = build(zoo, out)
+    assert made.failed == ()
+    assert zoo.members[0].half == "calibration"
+    encoder = Runner(Store(out / "store"), "cpu").value(steps_of(zoo.members[0], zoo).encoder).encoder
+    assert trained == [(weights_sha256(encoder), "Shadowed", True)]  # once for all four
+    assert given == [0.9] * 4
+    entries = read_entries([out]).entries
+    assert [len(one.scans) for one in entries] == [1] * 4
+    assert build(zoo, out).stored == 4
+    assert len(given) == 4
 
 
 def test_a_folder_belongs_to_one_zoo_and_a_dry_run_makes_nothing(tmp_path, source, capsys):

@@ -79,7 +79,7 @@ def test_families_become_members_clean_ones_first_the_halves_in_turns(tmp_path):
 
 def test_clean_pre_training_is_shared_and_scans_do_not_depend_on_what_ships(tmp_path, monkeypatch):
     zoo = read_zoo(written(tmp_path))
-    before = [steps_of(one, zoo.scanners) for one in zoo.members]
+    before = [steps_of(one, zoo) for one in zoo.members]
     pretrained = [next(s.key for s in steps.make if s.stage == "pretrain") for steps in before]
     assert pretrained[0] == pretrained[4] == pretrained[6]
     assert len(set(pretrained)) == 4
@@ -87,7 +87,7 @@ def test_clean_pre_training_is_shared_and_scans_do_not_depend_on_what_ships(tmp_
     assert all(steps.scan[0].inputs[0].key == steps.encoder.key for steps in before)
     shipped = Reference(zoo.chain[0], "any", (0.1,) * 6)
     monkeypatch.setattr(sys.modules["cupel.experiment.plan"], "shipped_reference", lambda *_: shipped)
-    after = [steps_of(one, zoo.scanners) for one in zoo.members]
+    after = [steps_of(one, zoo) for one in zoo.members]
     assert [s.key for steps in after for s in steps.scan] == [s.key for steps in before for s in steps.scan]
     assert all(s.method["reference"] is None for steps in after for s in steps.scan)
 
