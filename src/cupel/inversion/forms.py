@@ -78,7 +78,7 @@ class Linf:
     """
 
     least: float = 4 / 255
-    most: float = 51 / 255
+    most: float = 102 / 255
 
     def start(self, num_starts: int, height: int, width: int, seed: Seed) -> Tensor:
         """r in the middle of its bounds, t uniform in (−1, 1)."""

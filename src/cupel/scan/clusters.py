@@ -15,6 +15,7 @@ from cupel.seeds import Seed
 
 __all__ = ["Clustering", "choose_clusters", "cluster", "knee", "merge_small", "unit"]
 
+_MOST_ROUNDS = 100
 _LEAST_BEND = 0.2
 """Distance of a knee from the straight line below which there is none (our choice; 0 = a line, 1 = one step)."""
 
@@ -34,7 +35,9 @@ class Clustering(NamedTuple):
 
 
 def cluster(points: Float[Tensor, "n dim"], clusters: int, seed: Seed, restarts: int = 10) -> Clustering:
-    """k-means from several k-means++ starts; the best counts. Computed on the CPU.
+    """k-means from several k-means++ starts, all at once; the best counts. Computed on the CPU in float64.
+
+    A cluster that loses all its points keeps its centre.
 
     Args:
         points: At least as many as clusters.
@@ -42,12 +45,32 @@ def cluster(points: Float[Tensor, "n dim"], clusters: int, seed: Seed, restarts:
         seed: Starts.
         restarts: Number of starts.
     """
-    from sklearn.cluster import KMeans  # a second to import
+    x = points.detach().cpu().double()
+    centres = torch.stack([_spread_starts(x, clusters, seed.child("kmeans", i)) for i in range(restarts)])
+    own = torch.full((restarts, len(x)), -1)
+    for _ in range(_MOST_ROUNDS):
+        nearest = torch.cdist(x, centres).argmin(dim=2)
+        if torch.equal(nearest, own):
+            break
+        own = nearest
+        member = torch.nn.functional.one_hot(own, clusters).transpose(1, 2).double()
+        counts = member.sum(dim=2, keepdim=True)
+        centres = torch.where(counts > 0, member @ x / counts.clamp_min(1), centres)
+    inertia = (x - centres.gather(1, own[..., None].expand(-1, -1, x.shape[1]))).square().sum(dim=(1, 2))
+    best = int(inertia.argmin())
+    return Clustering(own[best], centres[best].float(), float(inertia[best]))
 
-    draw = seed.child("kmeans").value % 2**32
-    fitted = KMeans(clusters, n_init=restarts, random_state=draw).fit(points.cpu().double().numpy())
-    centres = torch.from_numpy(fitted.cluster_centers_).float()
-    return Clustering(torch.from_numpy(fitted.labels_).long(), centres, float(fitted.inertia_))
+
+def _spread_starts(x: Tensor, clusters: int, seed: Seed) -> Tensor:
+    """k-means++: each further centre is a point, drawn with the squared distance to the nearest one as its weight."""
+    draw = seed.torch()
+    chosen = [int(torch.randint(len(x), (), generator=draw))]
+    distance = (x - x[chosen[0]]).square().sum(dim=1)
+    for _ in range(clusters - 1):
+        weight = distance if float(distance.sum()) > 0 else torch.ones_like(distance)
+        chosen.append(int(torch.multinomial(weight, 1, generator=draw)))
+        distance = torch.minimum(distance, (x - x[chosen[-1]]).square().sum(dim=1))
+    return x[chosen]
 
 
 def knee(grid: Sequence[int], inertia: Sequence[float], window: int = 3) -> tuple[int, float]:

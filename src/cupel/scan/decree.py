@@ -42,6 +42,8 @@ TESTED = {
     "linf": "universal perturbations of every pixel (bounded inversion)",
     "frequency": "universal colour patterns (inversion on the cosine spectrum)",
 }
+BANDS = {"linf": 12 / 255, "frequency": 0.03}
+"""Sizes below which an uncalibrated variant says suspicious (our choice): those of triggers that eyes overlook."""
 MOST_HELD_OUT = 256
 CERTAIN, DOUBTFUL = 0.05, 0.10
 """PL1-norms below which an uncalibrated scan says backdoored, and suspicious; the second is the published threshold."""
@@ -82,7 +84,7 @@ class Decree:
     Source: Feng et al., DECREE, CVPR 2023, arXiv:2303.15180, and its code.
     Deviations: several starts and their minimum instead of one start (our choice); float32 instead of float64; the
     budgets `smoke` and `standard`, which do not stop early; verdicts by five or more references of the same recipe;
-    the variants, which have no published thresholds: without references they say `inconclusive`.
+    the variants, which without references say `suspicious` at most.
     """
 
     variant: Literal["stamp", "linf", "frequency"] = "stamp"
@@ -156,8 +158,7 @@ class Decree:
 
         Returns:
             One `Evidence` per start; those of the variants are blends that do about the same. `inconclusive` when no
-            start converged, when fewer than 64 images can be used, when clean embeddings coincide already, or when a
-            variant has no references.
+            start converged, when fewer than 64 images can be used, or when clean embeddings coincide already.
 
         Raises:
             CupelError: the model holds or gives NaN or infinite values.
@@ -243,8 +244,10 @@ class Decree:
         if self.variant == "stamp":
             return decide(least, transfer, reference)
         words = f"smallest {self.variant} change that makes embeddings coincide: {least:.4f}"
-        said = against(least, reference, words)
-        return Decision("inconclusive", 0.0, f"{said}: {words}") if isinstance(said, str) else said
+        said, band = against(least, reference, words), BANDS[self.variant]
+        if isinstance(said, Decision):
+            return said
+        return Decision("suspicious" if least < band else "clean-by-test", band, f"{said}: {words}")
 
     def _inconclusive(
         self,
@@ -254,8 +257,10 @@ class Decree:
         evidence: tuple[Evidence, ...] = (),
     ) -> Verdict:
         """Nothing can be said: score 0, as for a trigger as large as the image."""
-        tested, peak = TESTED[self.variant], peak_memory_mib(device)
-        return Verdict("inconclusive", 0.0, 1 - DOUBTFUL, tested, evidence, details or {}, why, peak_memory_mib=peak)
+        threshold, peak = 1 - BANDS.get(self.variant, DOUBTFUL), peak_memory_mib(device)
+        return Verdict(
+            "inconclusive", 0.0, threshold, TESTED[self.variant], evidence, details or {}, why, peak_memory_mib=peak
+        )
 
 
 def decide(pl1: float, transfer: float, reference: Reference | None = None) -> Decision:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import statistics
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -23,7 +23,7 @@ from cupel.scan.mntd_shadows import ShadowNets, train_shadows
 from cupel.scan.passes import peak_memory_mib
 from cupel.seeds import Seed
 from cupel.settings import OneOf, Positive, PositiveInt, canonical, digest, settings
-from cupel.types import Dataset, Need, Reference, Verdict
+from cupel.types import Dataset, Need, Reference, Verdict, VerdictWord
 
 __all__ = ["INFORMATIVE", "MNTD", "checked", "judged"]
 
@@ -55,8 +55,9 @@ class MNTD(MetaTraining):
     Source: Xu et al., MNTD, IEEE S&P 2021, arXiv:1910.03137, and its code; on the classifiers of attacked encoders as
     in Jia et al., BadEncoder, IEEE S&P 2022, arXiv:2108.00352.
     Deviations: far fewer and smaller shadow models, trained side by side; they are of another architecture than the
-    inspected model, so logits are standardised per query; models answer in evaluation; a meta-classifier that is no
-    better than 0.7 on held-out shadow models gives no verdict.
+    inspected model, so logits are standardised per query; models answer in evaluation. The paper's threshold is the
+    median of the inspected models, half of them trojaned; ours comes from clean encoders, without which, or with a
+    meta-classifier that is no better than 0.7 on held-out shadow models, there is a score but no verdict.
     """
 
     probe: Annotated[Probe, OneOf(PROBES)] = Linear()
@@ -150,7 +151,8 @@ class MNTD(MetaTraining):
 
         Returns:
             `inconclusive` with fewer than 64 different images, with an encoder that gives one embedding for all of
-            them, or where the meta-classifier cannot tell held-out shadow models apart.
+            them, where the meta-classifier cannot tell held-out shadow models apart, and always with a score only
+            where the reference was not calibrated on clean encoders (`MetaReference.calibrated_on`).
 
         Raises:
             DataError: images of another size, or without labels; a reference of another scanner, kind or task.
@@ -192,37 +194,38 @@ def checked(reference: Reference, name: str) -> MetaReference:
 
 
 def judged(score: float, reference: MetaReference, tested: str) -> Verdict:
-    """The verdict on a score: backdoored from the threshold on, if the meta-classifier can tell at all.
+    """The verdict on a score.
+
+    `inconclusive` where the meta-classifier cannot tell held-out shadow models apart, or was not calibrated on clean
+    encoders; else backdoored from the threshold on.
 
     Args:
         score: Of the inspected model.
         reference: What gave it.
         tested: See `Verdict`.
     """
-    benign = reference.scores
-    alarms = sum(s >= threshold_at([*benign[:i], *benign[i + 1 :]], 0.0) for i, s in enumerate(benign))
-    details: Mapping[str, float] = {
+    known, told = reference.scores, f"its AUC is {reference.auc:.2f} on held-out models among {reference.recipe}"
+    middle, limit = statistics.median(known), reference.threshold
+    details = {
         "auc_shadows": reference.auc,
         "shadows": float(reference.shadows),
-        "held_out_benign": float(len(benign)),
-        "held_out_benign_median": sorted(benign)[len(benign) // 2],
+        "references": float(len(known)),
+        "references_median": middle,
     }
-    told = f"the meta-classifier's AUC is {reference.auc:.2f} on held-out models among {reference.recipe}"
     if reference.auc < INFORMATIVE:
-        why = f"{told}; below {INFORMATIVE:g} it says nothing"
-        return Verdict("inconclusive", score, reference.threshold, tested, (), details, why)
-    found = score >= reference.threshold
-    reason = f"score {score:.2f}, threshold {reference.threshold:.2f}; {told}"
-    return Verdict(
-        "backdoored" if found else "clean-by-test",
-        score,
-        reference.threshold,
-        tested,
-        (),
-        details,
-        reason,
-        (alarms / len(benign), len(benign)),
-    )
+        why = f"the meta-classifier says nothing: {told}, less than {INFORMATIVE:g}"
+        return Verdict("inconclusive", score, limit, tested, (), details, why)
+    if not reference.calibrated:
+        why = (
+            f"score {score:.2f}, benign shadow models {middle:.2f} in the middle, but they are of another kind, and no "
+            f"scores of clean encoders were given; {told}"
+        )
+        return Verdict("inconclusive", score, limit, tested, (), details, why)
+    rate = reference.false_alarms
+    alarms = sum(s >= threshold_at([*known[:i], *known[i + 1 :]], rate) for i, s in enumerate(known))
+    word: VerdictWord = "backdoored" if score >= limit else "clean-by-test"
+    reason = f"score {score:.2f}, threshold {limit:.2f} from {len(known)} clean encoders; {told}"
+    return Verdict(word, score, limit, tested, (), details, reason, (alarms / len(known), len(known)))
 
 
 def _inconclusive(why: str) -> Verdict:

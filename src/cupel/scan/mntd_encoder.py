@@ -154,8 +154,8 @@ class MNTDEncoder(MetaTraining):
             reference: A `MetaReference` from `train_reference` with the same settings.
 
         Returns:
-            `inconclusive` without a reference, with fewer than 64 different images, or where the meta-classifier
-            cannot tell held-out shadow encoders apart.
+            `inconclusive` without a reference, with fewer than 64 different images, where the meta-classifier cannot
+            tell held-out shadow encoders apart, and with a score only where the reference was not calibrated.
 
         Raises:
             DataError: a reference of another scanner or kind; queries of another size; the encoder gives NaN.

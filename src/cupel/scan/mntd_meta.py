@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, linear, normal
 from cupel.errors import DataError
 from cupel.files import atomic_file
 from cupel.progress import track
+from cupel.scan.reference import ENOUGH
 from cupel.seeds import Seed
 from cupel.settings import Fraction, Positive, PositiveInt, settings
 from cupel.types import Reference
@@ -40,6 +42,8 @@ __all__ = [
     "train_meta",
 ]
 
+_VALUES = ("scanner", "recipe", "one_class", "auc", "threshold", "shadows", "calibrated", "false_alarms")
+
 Answer = Callable[[Tensor], Tensor]
 """Queries `[q, 3, height, width]` in [0, 1] → what is read off a model, one vector; gradients flow to the queries."""
 
@@ -58,7 +62,8 @@ class MetaTraining:
         one_class: Learn from benign shadow models alone.
         nu: ν of the one-class loss: the share of benign models that may lie outside.
         validation: Share of the shadow models that is held out, half of them benign.
-        false_alarms: Share of held-out benign models that the threshold may call backdoored.
+        false_alarms: Share of clean encoders (before `calibrated_on`: held-out benign shadow models) that the threshold
+            may call backdoored.
 
     Source: Xu et al., MNTD, IEEE S&P 2021, arXiv:1910.03137, sections V-B to V-D, and its code.
     """
@@ -111,7 +116,10 @@ class Meta(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class MetaReference(Reference):
-    """A trained meta-classifier; `scores` are those of benign shadow models that it was not trained on.
+    """A trained meta-classifier.
+
+    `scores` are those of benign shadow models that it was not trained on, or after `calibrated_on` those of clean
+    encoders. Shadow models are of another kind than what is inspected, and clean encoders may score far above them.
 
     Args:
         arrays: float32 weights and queries by name.
@@ -119,6 +127,8 @@ class MetaReference(Reference):
         auc: Area under the curve on held-out shadow models.
         threshold: Score from which a model counts as backdoored.
         shadows: Models it was made from.
+        calibrated: `scores` and `threshold` are those of clean encoders.
+        false_alarms: Share of `scores` that the threshold may call backdoored.
     """
 
     arrays: Mapping[str, np.ndarray[Any, Any]]
@@ -126,6 +136,8 @@ class MetaReference(Reference):
     auc: float
     threshold: float
     shadows: int
+    calibrated: bool = False
+    false_alarms: float = 0.05
 
     def meta(self, device: torch.device | str = "cpu") -> Meta:
         """The network."""
@@ -151,15 +163,29 @@ class MetaReference(Reference):
             raise DataError(f"reference '{self.recipe}'", "the model answers with NaN or infinite values")
         return float(meta(told, self.one_class))
 
+    def calibrated_on(self, scores: Sequence[float]) -> MetaReference:
+        """The same with a threshold from clean encoders of the kind that is inspected.
+
+        Args:
+            scores: What verdicts on them say; five or more.
+
+        Raises:
+            DataError: fewer, or not finite.
+        """
+        if len(scores) < ENOUGH or not all(math.isfinite(score) for score in scores):
+            what = f"scores of {ENOUGH} clean encoders are needed, got {len(scores)}"
+            raise DataError(f"reference '{self.recipe}'", what, "scan more clean encoders")
+        limit = threshold_at(scores, self.false_alarms)
+        return dataclasses.replace(self, scores=tuple(scores), threshold=limit, calibrated=True)
+
     def values(self) -> dict[str, Any]:
         """Everything but the arrays, as plain JSON values."""
-        names = ("scanner", "recipe", "one_class", "auc", "threshold", "shadows")
-        return {**{name: getattr(self, name) for name in names}, "scores": list(self.scores)}
+        return {**{name: getattr(self, name) for name in _VALUES}, "scores": list(self.scores)}
 
     @staticmethod
     def of(values: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> MetaReference:
         """What `values` and `arrays` tell of."""
-        rest = {name: values[name] for name in ("scanner", "recipe", "one_class", "auc", "threshold", "shadows")}
+        rest = {name: values[name] for name in _VALUES}
         return MetaReference(scores=tuple(values["scores"]), arrays=dict(arrays), **rest)
 
     def write(self, path: str | Path) -> None:
@@ -318,7 +344,17 @@ def train_meta(
     benign = [one for one, m in zip(said, held, strict=True) if not trojaned[m]]
     arrays = {name: value.detach().cpu().numpy() for name, value in meta.state_dict().items()}
     threshold = threshold_at(benign, training.false_alarms)
-    return MetaReference(scanner, recipe, tuple(benign), arrays, training.one_class, auc, threshold, len(shadows))
+    return MetaReference(
+        scanner,
+        recipe,
+        tuple(benign),
+        arrays,
+        training.one_class,
+        auc,
+        threshold,
+        len(shadows),
+        false_alarms=training.false_alarms,
+    )
 
 
 def _held_out(trojaned: Sequence[bool], share: float, seed: Seed) -> tuple[list[int], list[int]]:

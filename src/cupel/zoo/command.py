@@ -88,7 +88,7 @@ def zoo_build(source: str, out: Path | None, only: str | None, limit: int | None
     built = build(zoo, out, only, limit)  # type: ignore[arg-type]  # one of the three words, by the enumeration
     print(f"{zoo.name}: {built.done} made, {built.stored} stored, {built.left} left, {len(built.failed)} failed  {out}")
     for record in built.failed:
-        print(f"  {record.name}  FAILED: {record.reason}")
+        print(f"  {record.name}  FAILED: {record.reason or '; '.join(record.notes)}")
     return 2 if built.failed else 0
 
 

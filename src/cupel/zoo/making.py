@@ -47,7 +47,7 @@ class Built:
     Args:
         done: Members that had something to do and were finished.
         stored: Members that were there already.
-        failed: Records with a reason.
+        failed: Records with a reason, or with a note of a scan that failed.
         left: Members that are still to do.
     """
 
@@ -113,7 +113,8 @@ def build(zoo: Zoo, out: Path, only: Only | None = None, limit: int | None = Non
         device: Where to compute.
 
     Returns:
-        What was done. A member that cannot be made has a record with status `failed`, and the others go on.
+        What was done. A member that cannot be made has a record with status `failed`, and the others go on; one that a
+        scanner cannot scan has a note and the other scans.
 
     Raises:
         DataError: a data set is not on this machine.
@@ -142,6 +143,7 @@ def build(zoo: Zoo, out: Path, only: Only | None = None, limit: int | None = Non
         found.write(out / "cells" / f"{member.name}.json")  # anew each time: the file may call it otherwise now
         if found.status != "done":
             say(f"  failed: {found.reason}")
+        if found.status != "done" or found.notes:
             failed.append(found)
         elif missing:
             done += 1
@@ -167,15 +169,23 @@ def _run(zoo: Zoo, member: Member, steps: _Steps, missing: Sequence[Step], store
         threads=torch.get_num_threads(), settings=shortened(canonical(experiment, file_content)),
     )  # fmt: skip
     runner = Runner(store, device)
+    troubles = []
     try:
         for step in missing:
             say(f"  {step.name}")
-            with storing_features(store.root / "features"):
-                if step.stage == "scan" and "base" in step.method:
-                    scan_with_reference(step, runner)
-                else:
-                    runner.value(step)
-        return _collected(zoo, member, steps, runner, base, time.monotonic() - start)
+            try:
+                with storing_features(store.root / "features"):
+                    if step.stage == "scan" and "base" in step.method:
+                        scan_with_reference(step, runner)
+                    else:
+                        runner.value(step)
+            except CupelError as error:  # a scanner that cannot: the encoder and the other scans stand
+                if step.stage != "scan" or isinstance(error, Interrupted):
+                    raise
+                say(f"  {step.name}: {error}")
+                troubles.append(f"{step.method['scanner'].name}: {error}")
+        made = _collected(zoo, member, steps, runner, base, time.monotonic() - start)
+        return dataclasses.replace(made, notes=troubles)
     except Interrupted:
         raise
     except CupelError as error:

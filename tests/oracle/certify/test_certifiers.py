@@ -20,7 +20,7 @@ from cupel.types import Dataset
 from fingerprints import model_print
 from toys import blobs, trained_encoder
 
-TRAIN, TEST = blobs(192, seed=1), blobs(64, seed=2)
+TRAIN, TEST = blobs(192, classes=3, seed=1), blobs(64, classes=3, seed=2)  # the colour tells, not the place
 QUICK: dict[str, Any] = {"patch": 2, "width": 8, "steps": 40, "head_epochs": 6, "batch_size": 32}
 
 

@@ -217,12 +217,18 @@ def test_threshold_and_verdict() -> None:
     assert threshold_at([1.0, 5.0, 3.0], 0.05) > 5.0
     assert 3.0 < threshold_at([1.0, 5.0, 3.0], 0.34) <= 5.0
     arrays: dict[str, np.ndarray] = {}
-    known = MetaReference("mntd/x", "toys", (0.0, 1.0, 2.0, 3.0), arrays, False, 0.9, threshold_at([3.0], 0.0), 16)
+    shadows = MetaReference("mntd/x", "toys", (0.0, 1.0), arrays, False, 0.9, 1.5, 16)
+    assert judged(99.0, shadows, "t").verdict == "inconclusive", "nobody knows what clean encoders score"
+    assert judged(99.0, shadows, "t").score == 99.0
+    known = shadows.calibrated_on([0.0, 1.0, 2.0, 3.0, 2.5])
     assert judged(3.5, known, "t").verdict == "backdoored"
     below = judged(2.9, known, "t")
-    assert (below.verdict, below.false_alarm) == ("clean-by-test", (0.25, 4))
-    weak = MetaReference("mntd/x", "toys", (0.0, 1.0), arrays, False, 0.6, 1.0, 16)
+    assert (below.verdict, below.false_alarm) == ("clean-by-test", (0.2, 5))
+    weak = MetaReference("mntd/x", "toys", (0.0, 1.0), arrays, False, 0.6, 1.0, 16).calibrated_on([0.0] * 5)
     assert judged(99.0, weak, "t").verdict == "inconclusive"
+    for scores in ([1.0] * 4, [1.0] * 4 + [math.nan]):
+        with pytest.raises(DataError, match="5 clean encoders"):
+            shadows.calibrated_on(scores)
 
 
 def test_readings_do_not_depend_on_scale_or_rotation() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from cupel.errors import UsageError
+from cupel.errors import CupelError, UsageError
 from cupel.experiment import Store
 from cupel.experiment.run import Runner
 from cupel.feature_store import weights_sha256
@@ -41,7 +41,7 @@ ZOO = {
         "defender": {"size": 80},
         "attacker": {"shadow": {"size": 64}},
     },
-    "scan": [{"method": "decree", "steps": 3, "batch_size": 8, "num_seeds": 2, "success": 0.01}],
+    "scan": [{"method": "decree", "steps": 3, "batch_size": 8, "num_seeds": 2, "success": 0.01, "precision": "fp32"}],
     "families": {
         "clean": {"calibration": {"seed": [1]}, "test": {"seed": [11]}},
         "patch": {
@@ -136,6 +136,14 @@ def test_shadow_models_are_made_once_from_the_calibration_half(tmp_path, source,
     assert [len(one.scans) for one in entries] == [1] * 4
     assert build(zoo, out).stored == 4
     assert len(given) == 4
+
+    def refuse(self, *_):
+        raise CupelError("decree", "says no")
+
+    monkeypatch.setattr(Shadowed, "scan", refuse)
+    once_more = build(dataclasses.replace(zoo, scanners=(Shadowed(steps=4),)), out)
+    assert [one.notes[0].partition(": ")[2] for one in once_more.failed] == ["decree: says no"] * 4
+    assert [one.status for one in once_more.failed] == ["done"] * 4  # the encoders stand
 
 
 def test_a_folder_belongs_to_one_zoo_and_a_dry_run_makes_nothing(tmp_path, source, capsys):
