@@ -16,6 +16,7 @@ import typer
 from cupel import __version__
 from cupel.errors import CupelError, Interrupted, UsageError
 from cupel.progress import lines, reporting, request_stop, terminal
+from cupel.zoo.command import zoo_app
 
 __all__ = ["app", "main"]
 
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(zoo_app, name="zoo")
 
 # the exception class of the command library, wherever it keeps it
 _LibraryUsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -224,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except Interrupted as error:
         print(f"cupel: {error}", file=sys.stderr)
-        if arguments and arguments[0] in ("run", "demo"):
+        if arguments and arguments[0] in ("run", "demo", "zoo"):
             print(f"resume with: cupel {' '.join(arguments)}", file=sys.stderr)
         code = error.exit_code
     except CupelError as error:

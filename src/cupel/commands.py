@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 import cupel
+from cupel import threads
 from cupel.data import load, splits_of
 from cupel.encoders import ENCODERS, Architecture, ImageEncoder
 from cupel.encoders.storage import load_encoder, save_encoder
@@ -22,7 +22,6 @@ from cupel.experiment import cells, plan, read_experiment, run_cells
 from cupel.experiment.run import cell_name
 from cupel.experiment.store import Store
 from cupel.files import write_arrays, write_json
-from cupel.progress import say
 from cupel.protocols import Scanner
 from cupel.purify import PURIFIERS
 from cupel.records import Record
@@ -30,14 +29,12 @@ from cupel.report import load_cells, write_report
 from cupel.scan import SCANNERS
 from cupel.seeds import Seed
 from cupel.settings import OneOf, parse, settings
-from cupel.threads import allowed_cores, fair_threads, others_busy, read_load, usable_cpus
 from cupel.types import Dataset, Evidence, Verdict
 from cupel.vet import purify_encoder, scan_encoder, scan_evidence
 
 __all__ = ["demo", "purify", "run", "scan"]
 
 _CODES = {"clean-by-test": 0, "suspicious": 1, "backdoored": 1, "inconclusive": 3}
-_LOOK = 0.15  # seconds in which the load of others is measured
 _MOST_IMAGES = 2500  # more do not sharpen an inversion
 
 
@@ -141,23 +138,12 @@ def _save(record: Record, arrays: dict[str, np.ndarray[Any, Any]], folder: Path)
     return record
 
 
-def _settle_threads() -> None:
-    """No more threads than cores that are free: see `cupel.threads`."""
-    before = read_load()
-    time.sleep(_LOOK)
-    busy, cores = others_busy(before, read_load()), len(allowed_cores())
-    threads, said = fair_threads(torch.get_num_threads(), os.environ, usable_cpus(), busy, cores)
-    torch.set_num_threads(threads)
-    if said:
-        say(said)
-
-
 def scan(
     encoder: str, images: str, arch: str | None, names: Sequence[str], budget: str, seed: int, out: Path, form: str
 ) -> int:
     """`cupel scan`."""
     start = time.monotonic()
-    _settle_threads()
+    threads.settle()
     scanners = _scanners(names, budget)
     model = _encoder(encoder, arch)
     data = _images(images, model)
@@ -198,7 +184,7 @@ def purify(
 ) -> int:  # fmt: skip
     """`cupel purify`."""
     start = time.monotonic()
-    _settle_threads()
+    threads.settle()
     if out.suffix != ".safetensors":
         raise UsageError("--out", f"'{out}' does not end in .safetensors", "weights are written in that format only")
     if name not in PURIFIERS:
@@ -246,7 +232,7 @@ def run(source: str, out: Path | None, changes: Sequence[str], dry_run: bool) ->
             for step in plan(experiment):
                 print(f"  {'stored' if store.has(step.stage, step.key) else 'to do ':<7} {step.key[:12]}  {step.name}")
         return 0
-    _settle_threads()
+    threads.settle()
     return _run(found, out, "run")
 
 
@@ -290,6 +276,6 @@ def _summarise(record: Record) -> None:
 
 def demo(out: Path, seed: int, data: str) -> int:
     """`cupel demo`."""
-    _settle_threads()
+    threads.settle()
     content, where = read_experiment(f"demo-{data}")
     return _run(cells(content, where, [f"seed={seed}"]), out, "demo")

@@ -26,9 +26,13 @@ __all__ = [
     "guarded",
     "others_busy",
     "read_load",
+    "settle",
     "share",
     "usable_cpus",
 ]
+
+
+_LOOK = 0.15  # seconds in which the load of others is measured
 
 
 class Load(NamedTuple):
@@ -212,3 +216,16 @@ class ThreadGuard:
 def guarded(device: str, get: Callable[[], int], put: Callable[[int], None]) -> ThreadGuard | None:
     """A guard for a loop on the CPU; none elsewhere, and none where `OMP_NUM_THREADS` says what the user wants."""
     return ThreadGuard(get, put) if device == "cpu" and "OMP_NUM_THREADS" not in os.environ else None
+
+
+def settle() -> None:
+    """Gives torch no more threads than cores that are free, and says so where that is fewer than it had."""
+    import torch  # this module is read by commands that need no torch
+
+    before = read_load()
+    time.sleep(_LOOK)
+    busy, cores = others_busy(before, read_load()), len(allowed_cores())
+    threads, said = fair_threads(torch.get_num_threads(), os.environ, usable_cpus(), busy, cores)
+    torch.set_num_threads(threads)
+    if said:
+        say(said)

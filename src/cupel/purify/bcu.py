@@ -72,7 +72,7 @@ class BCU(UnlabelledPurifier):
     title: ClassVar[str] = "BCU"
     revision: ClassVar[int] = 1
     budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "smoke": {"steps": 300, "batch_size": 64, "lr": 0.05},
+        "smoke": {"steps": 300, "batch_size": 64, "lr": 0.05, "scale": 4.0},  # at 1 a small encoder keeps its backdoor
         "standard": {},
         "paper": {"distance": "softmax"},
     }

@@ -41,7 +41,8 @@ class LabelledPurifier(Recipe, abc.ABC):
     """Settings and verbs of a purifier that tunes a classifier on clean labelled images.
 
     Args:
-        batch_norm: How the encoder's BatchNorms are run while it is tuned; see `BatchNorm`.
+        batch_norm: How the encoder's BatchNorms are run while it is tuned; see `BatchNorm`. The published learning
+            rates are for `train`; on stored statistics a small network may want a fifth of them.
         augment: How a training image is shown; None = as it is.
         head_l2: For encoders, which bring no head: one is fitted on the same images first, with this penalty.
     """
@@ -108,7 +109,7 @@ class LabelledPurifier(Recipe, abc.ABC):
             UsageError: a label outside of the classes.
             CupelError: the loss is not finite.
         """
-        if self._idle(clean):
+        if self.steps == 0:
             return _copied(model), {}
         check_labels(clean.labels, clean.num_classes, clean.name)
         start = FrozenProbe(model, linear_head(model, clean, self.head_l2))
@@ -134,7 +135,7 @@ class LabelledPurifier(Recipe, abc.ABC):
             what = f"works on one linear layer on the embedding, the head is a {type(head).__name__}"
             raise DataError(self.title, what, "purify the encoder instead")
         made = FrozenProbe(_copied(model.encoder), copy.deepcopy(head))
-        if self._idle(clean):
+        if self.steps == 0:
             return made, {}
         check_labels(clean.labels, head.out_features, clean.name)
         where = device_of(model.encoder.module) if device is None else torch.device(device)
@@ -157,9 +158,6 @@ class LabelledPurifier(Recipe, abc.ABC):
         recipe = dataclasses.replace(self, batch_size=min(self.batch_size, len(clean)))
         label, device = f"purify {self.title}", device_of(learner.state)
         return fit(learner, clean, recipe, seed, label=label, device=device, checkpoint=checkpoint)
-
-    def _idle(self, clean: Dataset) -> bool:
-        return self.steps == 0
 
 
 def linear_head(encoder: Encoder, clean: Dataset, l2: float) -> nn.Linear:

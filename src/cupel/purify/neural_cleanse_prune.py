@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cupel.encoders import ImageEncoder
 from cupel.encoders.blocks import blocks_of
-from cupel.errors import DataError
+from cupel.errors import DataError, UsageError, did_you_mean
 from cupel.inference import classify, features
 from cupel.inversion.classwise import ClassSearch
 from cupel.metrics import check_labels
@@ -60,6 +60,25 @@ class NeuralCleansePrune:
     title: ClassVar[str] = "Neural Cleanse, pruning"
     needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
     revision: ClassVar[int] = 1
+
+    @classmethod
+    def preset(cls, budget: str) -> NeuralCleansePrune:
+        """Settings of a budget, which tells how long a trigger is searched for: `smoke`, `standard`, `paper`.
+
+        Raises:
+            UsageError: no such budget.
+
+        Example:
+            >>> NeuralCleansePrune.preset("paper").search.steps
+            1000
+        """
+        if budget == "smoke":
+            return cls()
+        if budget == "standard":
+            return cls(search=ClassSearch(steps=150, images_per_step=256))
+        if budget == "paper":
+            return cls(search=ClassSearch())
+        raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, ("smoke", "standard", "paper")))
 
     def purify(self, model: Encoder, clean: Dataset, seed: Seed, evidence: Sequence[Evidence] = ()) -> Encoder:
         """A purified copy of `model`; see `purify_with_history`."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cupel.encoders import ImageEncoder
+from cupel.errors import UsageError, did_you_mean
 from cupel.inference import device_of
 from cupel.inversion.classwise import ClassSearch
 from cupel.metrics import check_labels
@@ -64,6 +65,25 @@ class NeuralCleanseUnlearn(Recipe):
     title: ClassVar[str] = "Neural Cleanse, unlearning"
     needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
     revision: ClassVar[int] = 1
+
+    @classmethod
+    def preset(cls, budget: str) -> NeuralCleanseUnlearn:
+        """Settings of a budget: `smoke`, `standard`, `paper` (one epoch, BatchNorm in training).
+
+        Raises:
+            UsageError: no such budget.
+
+        Example:
+            >>> NeuralCleanseUnlearn.preset("paper").epochs
+            1
+        """
+        if budget == "smoke":
+            return cls(epochs=3)
+        if budget == "standard":
+            return cls(search=ClassSearch(steps=150, images_per_step=256))
+        if budget == "paper":
+            return cls(epochs=1, bn="train", search=ClassSearch())
+        raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, ("smoke", "standard", "paper")))
 
     def purify(self, model: Encoder, clean: Dataset, seed: Seed, evidence: Sequence[Evidence] = ()) -> Encoder:
         """A purified copy of `model`; see `purify_with_history`."""

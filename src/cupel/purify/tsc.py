@@ -86,7 +86,7 @@ class TSC(UnlabelledPurifier):
     title: ClassVar[str] = "TSC"
     revision: ClassVar[int] = 1
     budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "smoke": {"rounds": 1, "steps": 100, "batch_size": 64},
+        "smoke": {"rounds": 1, "steps": 100, "batch_size": 64, "t": 0.4, "lr": 0.01},
         "standard": {"rounds": 2, "epochs": 40},
         "paper": {},
     }

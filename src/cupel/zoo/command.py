@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -12,11 +10,11 @@ from typing import Annotated
 
 import typer
 
+from cupel import threads
 from cupel.files import write_json, write_text
 
 __all__ = ["zoo_app", "zoo_build", "zoo_table"]
 
-_LOOK = 0.15  # seconds in which the load of others is measured
 
 zoo_app = typer.Typer(
     help="A seeded zoo of clean and backdoored encoders, and the scanners' tables over it.",
@@ -84,7 +82,7 @@ def zoo_build(source: str, out: Path | None, only: str | None, limit: int | None
             kind = "backdoored" if one.backdoored else "clean, fine-tuned" if one.attacked else "clean"
             print(f"{one.half:<12}{kind:<19}{one.name}")
         return 0
-    _settle_threads()
+    threads.settle()
     built = build(zoo, out, only, limit)  # type: ignore[arg-type]  # one of the three words, by the enumeration
     print(f"{zoo.name}: {built.done} made, {built.stored} stored, {built.left} left, {len(built.failed)} failed  {out}")
     for record in built.failed:
@@ -112,19 +110,3 @@ def zoo_table(folders: Sequence[Path], out: Path | None, form: str) -> int:
         print(text.rstrip())
         print(f"\n{out / 'zoo.json'}  {out / 'zoo.md'}  {len(written)} calibration file(s)")
     return 0
-
-
-def _settle_threads() -> None:
-    """No more threads than cores that are free: see `cupel.threads`."""
-    import torch
-
-    from cupel.progress import say
-    from cupel.threads import allowed_cores, fair_threads, others_busy, read_load, usable_cpus
-
-    before = read_load()
-    time.sleep(_LOOK)
-    busy, cores = others_busy(before, read_load()), len(allowed_cores())
-    threads, said = fair_threads(torch.get_num_threads(), os.environ, usable_cpus(), busy, cores)
-    torch.set_num_threads(threads)
-    if said:
-        say(said)

@@ -15,6 +15,13 @@ _GROUPS = {
     "hard": "hard rows",
 }
 
+_LEVELS = {
+    "recipe": "with clean encoders of their recipe",
+    "pool": "with clean encoders of their architecture and data",
+    "zoo": "with clean encoders of their zoo",
+    "none": "with nothing, for there are too few",
+}
+
 
 def render_zoo(tables: Tables) -> str:
     """The tables with a heading and a line of explanation each, and a line break at the end."""
@@ -114,11 +121,11 @@ def _costs(tables: Tables) -> str:
         "inversion converged."
     )
     levels = [
-        f"- {name}: " + ", ".join(f"{n} against clean encoders of the same {level}" for level, n in found.items())
+        f"- {name}: " + ", ".join(f"{n} {_LEVELS[level]}" for level, n in found.items())
         for name, found in tables.levels.items()
     ]
     text = ["## What is found at what cost", "", *_table(header, rows), "", note]
-    return "\n".join([*text, "", "What scores were compared with:", "", *levels])
+    return "\n".join([*text, "", "What the scores of the encoders were compared with:", "", *levels])
 
 
 def _share(value: float | None) -> str:

@@ -49,7 +49,7 @@ def batch(n: int = 16) -> Batch:
 
 
 def test_the_loss_is_that_of_a_loop() -> None:
-    one, given = learner(SCU(alpha_clean=0.7, alpha_trigger=1.3, batch_norm="frozen"))
+    one, given = learner(SCU(pull="cosine", alpha_clean=0.7, alpha_trigger=1.3, batch_norm="frozen"))
     b = batch()
     loss, numbers = one.loss(b)
     stamped, views = one.stamped(b), one.settings.augment(b.inputs, b.seed.child("views").torch())

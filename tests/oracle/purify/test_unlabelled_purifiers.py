@@ -7,15 +7,14 @@ import pytest
 import torch
 
 import digits
-from cupel import metrics
+from cupel import progress
 from cupel.attack.badencoder import BadEncoder
 from cupel.encoders import ImageEncoder
 from cupel.errors import CupelError, DataError, Interrupted, UsageError
-from cupel.inference import features, triggered
-from cupel.progress import request_stop
-from cupel.purify.bcu import BCU
+from cupel.inference import features
+from cupel.purify.bcu import BCU, BCULearner
 from cupel.purify.clp import CLP
-from cupel.purify.mimic import MIMIC
+from cupel.purify.mimic import MIMIC, MIMICLearner
 from cupel.purify.scu import SCU
 from cupel.purify.tsc import TSC
 from cupel.purify.unlabelled import UnlabelledPurifier
@@ -68,7 +67,7 @@ def test_no_steps_change_nothing_and_budgets_are_known(cls: Any) -> None:
 def test_batch_norm_moves_as_far_as_it_may(cls: Any, mode: str) -> None:
     given = small_encoder()
     extra = {"start": "partial"} if cls is MIMIC else {}
-    made = cls(**{**QUICK[cls], **extra}, steps=2, batch_size=16, batch_norm=mode, lr=0.05).purify(given, DATA, Seed(0))
+    made = cls(**{**QUICK[cls], **extra}, steps=2, batch_size=16, batch_norm=mode).purify(given, DATA, Seed(0))
     state, before = made.module.state_dict(), given.module.state_dict()
     norms = [k for k in state if ".bn" in k or "downsample.1" in k]
     moved = {kind: any(not torch.equal(state[k], before[k]) for k in norms if k.endswith(kind))
@@ -83,20 +82,21 @@ def test_a_resumed_run_equals_the_unbroken_one(cls: Any, tmp_path: Path, monkeyp
     given, file = small_encoder(), tmp_path / "state"
     whole = method.purify(given, DATA, Seed(0))
     asked = []
-    from cupel.purify import bcu, mimic
-
-    learner = bcu.BCULearner if cls is BCU else mimic.MIMICLearner
+    learner: Any = BCULearner if cls is BCU else MIMICLearner
     after = learner.after_step
 
     def stop_once(self: Any) -> None:
         after(self)
         asked.append(1)
         if len(asked) == 3:
-            request_stop()
+            progress.request_stop(2)
 
     monkeypatch.setattr(learner, "after_step", stop_once)
-    with pytest.raises(Interrupted):
-        method.purify_with_history(given, DATA, Seed(0), checkpoint=file)
+    try:
+        with pytest.raises(Interrupted):
+            method.purify_with_history(given, DATA, Seed(0), checkpoint=file)
+    finally:
+        progress.request_stop(None)
     assert file.exists()
     resumed, _ = method.purify_with_history(given, DATA, Seed(0), checkpoint=file)
     assert same_state(resumed.module, whole.module)
@@ -155,7 +155,7 @@ def truth() -> Evidence:
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["clp", "scu", "bcu", "mimic", "tsc"])
 def test_on_an_attacked_encoder_of_digits(name: str, attacked: Any) -> None:
-    """What each does to it is measured, not wished for: which of them purify at this scale is in the assertions."""
+    """All but channel pruning purify at this scale, in a short run, and keep the accuracy."""
     model, goal = attacked
     one = digits.victim()
     defender: Dataset = one.shadow.without_labels(name)
@@ -167,11 +167,9 @@ def test_on_an_attacked_encoder_of_digits(name: str, attacked: Any) -> None:
     made = method.purify(model, defender, Seed(0), [truth()])
     assert model_print(model.module) == before
     accuracy, success = digits.outcome(made, goal)
-    hit = features(made, triggered(one.test, goal.trigger, Seed(0)))
     assert accuracy >= 0.95
     assert digits.outcome(model, goal)[1] >= 0.95
-    if name in ("scu", "mimic"):
-        assert success <= 0.15
-    if name in ("bcu", "tsc"):  # not purified in a short run, but the triggered embeddings are no longer one point
-        worse = metrics.concentration(features(model, triggered(one.test, goal.trigger, Seed(0))))
-        assert metrics.concentration(hit) < worse - 0.005
+    if name == "clp":  # the backdoor is in no single channel: at u = 3 it stays
+        assert success >= 0.9
+    else:
+        assert success <= 0.3
