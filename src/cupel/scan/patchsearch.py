@@ -22,7 +22,7 @@ from cupel.protocols import Encoder
 from cupel.records import Metric
 from cupel.scan.patch_classifier import PatchClassifier
 from cupel.seeds import Seed
-from cupel.settings import PositiveInt, settings
+from cupel.settings import Fraction, PositiveInt, settings
 from cupel.types import Dataset, Need
 
 __all__ = ["Found", "PatchSearch", "best_windows", "k_means", "survivors"]
@@ -39,8 +39,8 @@ class Found:
         score: float32 `[n]`: how many of the test images the patch of an image draws into its cluster, net; NaN = the
             image was not looked at.
         ranking: int64, rows that were scored, worst first.
-        patches: uint8 `[k, 3, window, window]` of the k worst images.
-        logits: float32 `[n]`, what the classifier says of each image; larger = worse.
+        patches: uint8 `[k, 3, window, window]` of the k worst images; fewer or none where they are no triggers.
+        logits: float32 `[n]`, what the classifier says of each image; larger = worse, −∞ where no trigger was found.
     """
 
     keep: Bool[Tensor, " n"]
@@ -85,11 +85,13 @@ class PatchSearch:
         per_cluster: s, images scored per surviving cluster and round.
         top: k, worst patches that the classifier learns to see.
         cam_side: Class activation maps are taken from the last block whose maps are at least so many pixels wide.
+        least: Patches that draw less than this share of the test images into their cluster are no triggers; where
+            there are no others every image is kept. The authors' code takes the k worst whatever they do (0).
         classifier: How it is trained.
 
     Source: Tejankar et al., Defending Against Patch-based Backdoor Attacks on Self-Supervised Learning, CVPR 2023,
     arXiv:2304.01482, and its code.
-    Deviations: the search ends when one cluster is left and has been scored, for a quarter of three clusters, rounded
+    Deviations: `least`; the search ends when one cluster is left and has been scored, for a quarter of three clusters, rounded
     down, is none; every round drops at least one.
     """
 
@@ -99,6 +101,7 @@ class PatchSearch:
     per_cluster: PositiveInt = 2
     top: Annotated[int, Field(ge=2)] = 20
     cam_side: PositiveInt = 4
+    least: Fraction = 0.2
     classifier: PatchClassifier = PatchClassifier()
 
     needs: ClassVar[frozenset[Need]] = frozenset({"train_set"})
@@ -123,7 +126,7 @@ class PatchSearch:
                 clusters=100, window=0.25, test_images=300, top=10, classifier=PatchClassifier(steps=600, ensemble=3)
             )
         if budget == "paper":
-            return cls()
+            return cls(least=0.0)
         raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, ("smoke", "standard", "paper")))
 
     def keep(self, train: Dataset, encoder: Encoder, seed: Seed) -> Bool[Tensor, " row"]:
@@ -162,6 +165,10 @@ class PatchSearch:
         known = (~score.isnan()).nonzero().flatten()
         ranking = known[score[known].argsort(descending=True, stable=True)]
         top = ranking[: self.top]
+        top = top[score[top] >= self.least * len(tests)]
+        if not len(top):
+            nothing = torch.empty(0, 3, scorer.side, scorer.side, dtype=torch.uint8)
+            return Found(torch.ones(n, dtype=torch.bool), score, ranking, nothing, torch.full((n,), float("-inf")))
         patches = torch.cat([scorer.patch(int(i)) for i in top])
         # the worst tenth may be poisoned, and the least suspicious images validate the classifier
         pool_out = torch.cat([ranking[: max(self.top, n // 10)], ranking[-self.top :]])

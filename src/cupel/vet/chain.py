@@ -18,12 +18,79 @@ from cupel.progress import say
 from cupel.protocols import Scanner
 from cupel.purify import CBD
 from cupel.scan import shipped_reference
+from cupel.scan.decree import Decree
+from cupel.scan.pscan import PScan
 from cupel.seeds import Seed
 from cupel.types import Dataset, Evidence, Reference, Verdict
 
-__all__ = ["Vetted", "purify_encoder", "reference_for", "scan_encoder", "scan_evidence"]
+__all__ = [
+    "Vetted",
+    "default_chain",
+    "purify_encoder",
+    "reference_for",
+    "scan_encoder",
+    "scan_evidence",
+    "scanner_label",
+    "together",
+]
 
 _ORDER = ("clean-by-test", "inconclusive", "suspicious", "backdoored")
+
+
+def default_chain(budget: str = "standard") -> list[Scanner]:
+    """The label-free scanners that complement each other, in the order they are run.
+
+    A mask over the whole image finds large and faint stamps, windows find small sharp ones and their place, and the
+    variants look for what is no stamp. SSL-Cleanse is left out: among few clusters its index calls clean encoders
+    suspicious. So are the feature indicators: what they see, windows see too.
+
+    Args:
+        budget: `smoke`, `standard` or `paper`.
+
+    Raises:
+        UsageError: no such budget.
+
+    Example:
+        >>> [scanner_label(one) for one in default_chain("smoke")]
+        ['decree', 'pscan', 'decree-linf', 'decree-frequency']
+    """
+    variants = (Decree.preset(budget, "linf"), Decree.preset(budget, "frequency"))
+    return [Decree.preset(budget), PScan.preset(budget), *variants]
+
+
+def scanner_label(scanner: Any) -> str:
+    """A scanner's name in a chain: its method, and its variant where that is not the usual one."""
+    variant = getattr(scanner, "variant", "stamp")
+    return type(scanner).__name__.lower() + ("" if variant == "stamp" else f"-{variant}")
+
+
+def together(each: Sequence[tuple[str, Verdict]]) -> Verdict:
+    """One verdict for several scanners: the worst, with all that was tested and every trigger that was found.
+
+    Score and threshold are those of the scanner that decided, the first of the worst; its triggers come first. Of the
+    others, those of scanners that found something follow.
+
+    Args:
+        each: At least one, by name.
+    """
+    if len(each) == 1:
+        return each[0][1]
+    worst = max((v for _, v in each), key=lambda v: _ORDER.index(v.verdict))
+    others = [v for _, v in each if v is not worst and v.verdict in ("backdoored", "suspicious")]
+    found = [one for v in others for one in v.evidence if one.converged]
+    deciding = next(name for name, v in each if v is worst)
+    costs = {
+        key: sum(v.details.get(key, 0.0) for _, v in each) for key in ("forward_images", "backward_images")
+    }  # fmt: skip
+    peaks = [v.peak_memory_mib for _, v in each if v.peak_memory_mib is not None]
+    return dataclasses.replace(
+        worst,
+        tested="; ".join(dict.fromkeys(v.tested for _, v in each)),
+        evidence=(*worst.evidence, *found),
+        details={**worst.details, **costs},
+        reason=f"{deciding}: {worst.reason}",
+        peak_memory_mib=max(peaks, default=None),
+    )
 
 
 def reference_for(scanner: Any, card: Card) -> Reference | None:
@@ -48,7 +115,7 @@ def scan_evidence(verdict: Mapping[str, Any], arrays: Mapping[str, np.ndarray[An
 def scan_encoder(
     encoder: ImageEncoder, images: Dataset, scanners: Sequence[Scanner], seed: Seed
 ) -> tuple[Verdict, list[tuple[str, Verdict]]]:
-    """Run the scanners in turn; the worst verdict counts.
+    """Run the scanners in turn; the worst verdict counts: see `together`.
 
     Args:
         encoder: Left as it is.
@@ -61,12 +128,13 @@ def scan_encoder(
     """
     each = []
     for scanner in scanners:
-        name = type(scanner).__name__
+        method, label = type(scanner).__name__, scanner_label(scanner)
         reference = reference_for(scanner, encoder.card)
-        verdict = scanner.scan(encoder, images.without_labels(name), seed.child(name), reference)
-        say(f"  {name.lower()}: {verdict.verdict}  score {verdict.score:.3f}  threshold {verdict.threshold:.3f}")
-        each.append((name.lower(), verdict))
-    return max((v for _, v in each), key=lambda v: _ORDER.index(v.verdict)), each
+        draw = seed.child(method) if label == method.lower() else seed.child(method, label)
+        verdict = scanner.scan(encoder, images.without_labels(method), draw, reference)
+        say(f"  {label}: {verdict.verdict}  score {verdict.score:.3f}  threshold {verdict.threshold:.3f}")
+        each.append((label, verdict))
+    return together(each), each
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,16 @@ def test_without_a_shortcut_no_patch_moves_images() -> None:
     assert [scorer.score(row) for row in (0, 50, 77)] == [0, 0, 0]
 
 
+def test_clean_training_keeps_every_image() -> None:
+    data, encoder = glyph_set(), GlyphEncoder(GlyphNet(0.0).eval())
+    found = QUICK.search(data, encoder, Seed(1))
+    assert found.keep.all()
+    assert len(found.patches) == 0
+    assert len(found.ranking) >= 40
+    assert found.against([0, 50])["filter_precision"].value is None
+    assert QUICK.keep(data, encoder, Seed(1)).all()
+
+
 def test_candidate_patch_holds_the_glyph() -> None:
     data, encoder = glyph_set(), GlyphEncoder(GlyphNet(40.0).eval())
     z = torch.nn.functional.normalize(encoder(torch.as_tensor(data.inputs).float() / 255).detach(), dim=1)

@@ -10,7 +10,6 @@ from torch import Tensor
 from cupel.errors import DataError, UsageError
 from cupel.inversion import concentration
 from cupel.inversion.windows import fill_windows, paste, window_corners
-from cupel.scan.decree import Decree
 from cupel.scan.pscan import PScan
 from cupel.seeds import Seed
 from cupel.types import Reference
