@@ -91,8 +91,8 @@ class PatchSearch:
 
     Source: Tejankar et al., Defending Against Patch-based Backdoor Attacks on Self-Supervised Learning, CVPR 2023,
     arXiv:2304.01482, and its code.
-    Deviations: `least`; the search ends when one cluster is left and has been scored, for a quarter of three clusters, rounded
-    down, is none; every round drops at least one.
+    Deviations: `least`; every round drops at least one cluster, for a quarter of three, rounded down, is none, and the
+    search would not end.
     """
 
     clusters: Annotated[int, Field(ge=2)] = 1000
