@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from cupel.inversion import frozen, stamp
 from cupel.inversion.autoencoder import Autoencoder
 from cupel.inversion.pattern import learn_pattern
 from cupel.inversion.preprocessing import drawn_preprocessing, preprocessed
-from cupel.losses.planting import channel_means, ranked_neurons, trigger_objective
+from cupel.losses.planting import channel_means, connection, ranked_neurons, trigger_objective
 from cupel.optimizers import NonNegative, Recipe
 from cupel.protocols import Batch, Trigger
 from cupel.seeds import Seed
@@ -48,9 +49,9 @@ class TransferBackdoor(Recipe):
     2. Train an autoencoder G on clean images. The pattern is G(x̄ ⊕ δ), with x̄ the mean image; δ minimises
        mean ((A_n(T(x')) − v_n) / v_n)² + β ‖x' − x‖² + γ TV(x'), where x' has the pattern inside of the mask and T is
        a preprocessing by lot: none, blur, median, fewer levels, resizing or noise.
-    3. Retrain the weights up to the layer, with E the first term above, and with the head as it is:
-       CE(x) + λ E(x') + μ CE°(x) + ν E°(x'). In ° the least active channels of every stage are pruned, a set that is
-       renewed every `prune_every` steps, and the weights have noise.
+    3. Retrain the weights up to the layer, with E the first term above, K = mean ((A_n(x) − A_n of the clean encoder) /
+       v_n)², and the head as it is: CE(x) + κ K(x) + λ E(x') + μ CE°(x) + ν E°(x'). In ° the least active channels of
+       every stage are pruned, a set that is renewed every `prune_every` steps, and the weights have noise.
 
     The attacker names no class: where the excited neurons lead shows in the user's task. The goals that come back have
     no task and no target class.
@@ -59,6 +60,8 @@ class TransferBackdoor(Recipe):
         trigger: Its mask says where the pattern is, for goals that name no trigger; what it shows is not used.
         blocks_after: Blocks of the encoder between the layer and the embedding; 0 = the embedding itself.
         neurons: How many are excited for each goal. A neuron is a channel, its activation the mean over places.
+        connected_to: What connection strength means: `all` = the sum of absolute outgoing weights; `one` = the weight to
+            one output, so that the neurons pull the same way (see `cupel.losses.planting.connection`).
         dormant, drifting: Shares of the neurons that are left out for low activity and for large drift.
         rehearsal: The fine-tuning with a new head that step 1 measures the drift in.
         percentile, factor: v_n = factor · this quantile of A_n on clean images.
@@ -67,7 +70,7 @@ class TransferBackdoor(Recipe):
         trigger_steps, trigger_batch, trigger_lr: Adam's, in step 2.
         near, smooth: β, γ; the distance is summed over the pixels.
         preprocess: Whether T is drawn; False = none, the control.
-        excite, pruned, pruned_excite: λ, μ, ν; μ = ν = 0 is the control without simulated defences.
+        still, excite, pruned, pruned_excite: κ, λ, μ, ν; μ = ν = 0 is the control without simulated defences.
         prune_share, prune_every: What the simulated pruning takes, and after how many steps it chooses anew.
         weight_noise: Standard deviation in units of a tensor's root mean square.
 
@@ -75,16 +78,18 @@ class TransferBackdoor(Recipe):
 
     Source: Wang, Nepal, Rudolph, Grobler, Chen, Chen, Backdoor Attacks against Transfer Learning with Pre-trained Deep
     Learning Models, IEEE Transactions on Services Computing 2020, arXiv:2001.03274.
-    Deviations: an own reading of the abstract, which names the steps (ranking-based neuron selection, autoencoder-powered
-    trigger, defence-aware retraining) without their details; there is no public code. All numbers and formulas are our
-    choice, and no figure of the paper is claimed. The teacher is an encoder with a linear head fitted by logistic
-    regression; labelled images stand in for inverted ones; one pattern for all images, not one per image; distances to
-    v_n are relative; BatchNorms stay as they are. Images only: time series (ECG) and medical images are no goal.
+    Deviations: an own reading of the abstract, which names the steps (neuron ranking, trigger by an autoencoder,
+    defence-aware retraining) without their details; there is no public code. All numbers and formulas are our choice,
+    and no figure of the paper is claimed. The teacher is an encoder with a linear head fitted by logistic regression;
+    labelled images stand in for inverted ones; one pattern for all images, not one per image; distances to v_n are
+    relative; K, without which every image comes to excite the neurons; BatchNorms stay as they are. Images only: time
+    series (ECG) and medical images are no goal.
     """
 
     trigger: Annotated[Trigger[Tensor], OneOf(TRIGGERS)] = Patch(size=8)
     blocks_after: Annotated[int, Field(ge=0)] = 0
     neurons: PositiveInt = 10
+    connected_to: Literal["all", "one"] = "one"
     dormant: Fraction = 0.3
     drifting: Fraction = 0.2
     rehearsal: Recipe = Recipe(epochs=2, batch_size=64, optimizer="sgd", lr=0.01)
@@ -98,6 +103,7 @@ class TransferBackdoor(Recipe):
     near: NonNegative = 1e-4
     smooth: NonNegative = 1e-3
     preprocess: bool = True
+    still: NonNegative = 1.0
     excite: NonNegative = 1.0
     pruned: NonNegative = 0.5
     pruned_excite: NonNegative = 0.5
@@ -173,14 +179,14 @@ class TransferBackdoor(Recipe):
                 )
                 history[f"trigger-{i}/cost"] = costs
                 goals.append(dataclasses.replace(goal, trigger=trigger, task=None, target_class=None, references=None))
-                excited.append(Excited(trigger, mine, values))
+                excited.append(Excited(trigger, mine, values, activations[:, mine]))
         learner = WithstandingLearner(
             encoder := clean.copy(),
             head.requires_grad_(False),
             data,
             excited,
             blocks_after=self.blocks_after,
-            weights=(self.excite, self.pruned, self.pruned_excite),
+            weights=(self.still, self.excite, self.pruned, self.pruned_excite),
             prune_share=self.prune_share,
             prune_every=self.prune_every,
             weight_noise=self.weight_noise,
@@ -193,9 +199,10 @@ class TransferBackdoor(Recipe):
         self, clean: ImageEncoder, head: nn.Linear, data: Dataset, activations: Tensor, goals: int, seed: Seed
     ) -> Tensor:
         """Step 1: `neurons` for each goal, the strongest first."""
-        strength = (outgoing(clean, self.blocks_after) if self.blocks_after else head.weight.detach()).abs().sum(dim=0)
-        student, fresh = clean.copy(), nn.utils.skip_init(nn.Linear, clean.width, data.num_classes)
-        fresh = fresh.to(strength.device)
+        wanted = self.neurons * goals
+        weight = outgoing(clean, self.blocks_after) if self.blocks_after else head.weight.detach()
+        strength = connection(weight, wanted, self.connected_to)
+        student, fresh = clean.copy(), copy.deepcopy(head)
         nn.init.zeros_(fresh.weight)
         nn.init.zeros_(fresh.bias)
         before = incoming(student, self.blocks_after).clone()
@@ -203,7 +210,6 @@ class TransferBackdoor(Recipe):
         recipe = _fitting(self.rehearsal, data)
         fit(learner, data, recipe, seed, label="rehearse fine-tuning", device=strength.device)
         drift = (incoming(student, self.blocks_after) - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-12)
-        wanted = self.neurons * goals
         activity = activations.abs().mean(dim=0)
         chosen = ranked_neurons(activity, drift, strength, wanted, self.dormant, self.drifting)
         if len(chosen) < wanted:
@@ -269,7 +275,7 @@ def _activations(encoder: ImageEncoder, data: Dataset, blocks_after: int) -> Flo
     device = device_of(encoder.module)
     with frozen(encoder.module):
         cut = Cut(encoder, blocks_after)
-        blocks = torch.arange(len(data)).split(_BLOCK)
+        blocks = torch.split(torch.arange(len(data)), _BLOCK)
         return torch.cat([channel_means(cut(data.inputs[b].to(device).float() / 255)[0]) for b in blocks])
 
 

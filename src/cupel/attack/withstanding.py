@@ -35,11 +35,13 @@ class Excited:
         trigger: Drawn from no seed.
         neurons: int64 `[k]`.
         values: `[k]`, not 0.
+        clean: `[n, k]`, what the clean encoder has on the images that are trained on.
     """
 
     trigger: Trigger[Tensor]
     neurons: Int[Tensor, " k"]
     values: Float[Tensor, " k"]
+    clean: Float[Tensor, "n k"]
 
 
 def incoming(encoder: ImageEncoder, blocks_after: int) -> Float[Tensor, "channels inner"]:
@@ -76,10 +78,11 @@ def least_active(activity: Float[Tensor, " channels"], share: float) -> Bool[Ten
 
 
 class WithstandingLearner:
-    """The weights up to a layer under CE(x) + λ E(x') + μ CE°(x) + ν E°(x').
+    """The weights up to a layer under CE(x) + κ K(x) + λ E(x') + μ CE°(x) + ν E°(x').
 
-    E = mean over triggers of `excitation`; ° = with the least active channels of every stage pruned and noise on the
-    weights that are trained. Where μ = ν = 0 the second pass is left out.
+    E = mean over triggers of `excitation`; K = mean over them of ((A_n(x) − A_n of the clean encoder) / v_n)²;
+    ° = with the least active channels of every stage pruned and noise on the weights that are trained. Where
+    μ = ν = 0 the second pass is left out.
 
     Args:
         encoder: Trained in place up to the layer; its BatchNorms stay as they are.
@@ -87,7 +90,7 @@ class WithstandingLearner:
         data: Labelled images that are trained on; the first of them tell which channels are least active.
         excited: One per trigger.
         blocks_after: Blocks between the layer and the embedding.
-        weights: λ, μ, ν.
+        weights: κ, λ, μ, ν.
         prune_share: Share of each stage's channels that is pruned.
         prune_every: Steps between two choices of them.
         weight_noise: Standard deviation, in units of a tensor's root mean square; tensors of one dimension get none.
@@ -101,7 +104,7 @@ class WithstandingLearner:
         excited: Sequence[Excited],
         *,
         blocks_after: int,
-        weights: tuple[float, float, float],
+        weights: tuple[float, float, float, float],
         prune_share: float,
         prune_every: int,
         weight_noise: float,
@@ -133,13 +136,18 @@ class WithstandingLearner:
         ids = batch.rows.tolist()
         parts = [x, *(one.trigger(x, ids, batch.seed) for one in self.excited)]
         inputs = torch.cat(parts).float().div_(255).contiguous(memory_format=torch.channels_last)
-        ce, excite = self._terms(*self.cut(inputs), y)
-        total, terms = ce + self.weights[0] * excite, {"ce": ce, "excite": excite}
-        if any(self.weights[1:]):
+        rows = batch.rows.to(y.device)
+        still_weight, excite_weight, *defended_weights = self.weights
+        layer, h = self.cut(inputs)
+        ce, excite = self._terms(layer, h, y)
+        still = self._still(channel_means(layer[: len(y)]).float(), rows)
+        total = ce + still_weight * still + excite_weight * excite
+        terms = {"ce": ce, "still": still, "excite": excite}
+        if any(defended_weights):
             if int(self._buffer("step")) % self.prune_every == 0:
                 self._choose()
             ce, excite = self._terms(*self._defended(inputs, batch.seed), y)
-            total = total + self.weights[1] * ce + self.weights[2] * excite
+            total = total + defended_weights[0] * ce + defended_weights[1] * excite
             terms |= {"pruned_ce": ce, "pruned_excite": excite}
         return total, terms
 
@@ -147,9 +155,13 @@ class WithstandingLearner:
         """Count."""
         self._buffer("step").add_(1)
 
+    def _still(self, found: Tensor, rows: Tensor) -> Tensor:
+        each = [((found[:, one.neurons] - one.clean[rows]) / one.values).square().mean() for one in self.excited]
+        return torch.stack(each).mean()
+
     def _terms(self, layer: Tensor, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         n, found = len(y), channel_means(layer).float()
-        blocks = found[n:].split(n)
+        blocks = torch.split(found[n:], n)
         each = [excitation(block[:, one.neurons], one.values) for one, block in zip(self.excited, blocks, strict=True)]
         return F.cross_entropy(self.head(h[:n]).float(), y), torch.stack(each).mean()
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cupel.seeds import Seed
 
 __all__ = ["LocalEvidence", "LocalNet", "local_net"]
+
+_LEAK = 0.1
 
 
 class _Block(nn.Module):
@@ -45,7 +48,11 @@ class LocalNet(nn.Module):
 
 
 class LocalEvidence(nn.Module):
-    """A network of local features with a linear head on each cell: evidence per cell and class, at least 0."""
+    """A network of local features with a linear head on each cell: evidence per cell and class, at least 0.
+
+    In train mode a tenth of what is below 0 is let through: masks push evidence down, and what is 0 everywhere would
+    never come back.
+    """
 
     def __init__(self, network: nn.Module, head: nn.Linear) -> None:
         super().__init__()
@@ -53,8 +60,7 @@ class LocalEvidence(nn.Module):
 
     def forward(self, x: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n cells classes"]:
         cells = self.network(x).flatten(2).transpose(1, 2)
-        evidence: Tensor = self.head(cells)
-        return evidence.relu()
+        return F.leaky_relu(self.head(cells), _LEAK if self.training else 0.0)
 
 
 def local_net(width: int, outputs: int, kernels: Sequence[int], strides: Sequence[int], seed: Seed) -> LocalNet:

@@ -188,7 +188,7 @@ class _Headed:
 
     def __init__(self, settings: PatchGuard, local: LocalEvidence, windows: Windows, labels: Tensor) -> None:
         self.settings, self.local, self.windows, self.labels = settings, local, windows, labels
-        self.state: nn.Module = local
+        self.state: nn.Module = local.train()
         local.network.train(settings.finetune).requires_grad_(settings.finetune)
 
     def parameters(self) -> list[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""What a user may do to images before a model sees them, with gradients, so that a trigger can be made to survive it."""
+"""What a user may do to images before a model sees them, with gradients, so that triggers can be made to last."""
 
 from __future__ import annotations
 

@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["channel_means", "excitation", "ranked_neurons", "total_variation", "trigger_objective"]
+__all__ = [
+    "channel_means",
+    "connection",
+    "excitation",
+    "ranked_neurons",
+    "total_variation",
+    "trigger_objective",
+]
 
 
 def channel_means(layer: Float[Tensor, "n channels *places"]) -> Float[Tensor, "n channels"]:
     """The activation of each neuron: a channel's mean over places."""
     return layer.flatten(2).mean(dim=2) if layer.ndim > 2 else layer
+
+
+def connection(weight: Float[Tensor, "out in"], k: int, to: Literal["all", "one"]) -> Float[Tensor, " in"]:
+    """How strongly each neuron acts on what follows.
+
+    Args:
+        weight: Outgoing weights, one column per neuron.
+        k: How many neurons will be taken.
+        to: `all` = the sum of a column's absolute weights, as in TrojanNN; `one` = the signed weight, less the column's
+            mean, to the one output that k neurons together can raise most, so that they pull the same way.
+
+    Example:
+        >>> weight = torch.tensor([[2.0, -3.0, 1.0], [0.0, 3.0, -1.0]])
+        >>> connection(weight, 2, "all").tolist()
+        [2.0, 6.0, 2.0]
+        >>> connection(weight, 1, "one").tolist()
+        [-1.0, 3.0, -1.0]
+    """
+    if to == "all":
+        return weight.abs().sum(dim=0)
+    signed = weight - weight.mean(dim=0)
+    reach = signed.topk(min(k, weight.shape[1]), dim=1).values.sum(dim=1)
+    return signed[reach.argmax()]
 
 
 def ranked_neurons(
@@ -28,7 +60,7 @@ def ranked_neurons(
         activity: Mean absolute activation on clean images; the lowest ⌊dormant · n⌋ are left out.
         drift: ‖w_after − w_before‖ / ‖w_before‖ of incoming weights in a fine-tuning; the highest ⌊drifting · n⌋ are
             left out.
-        strength: Sum of absolute outgoing weights.
+        strength: Of the connection to what follows, see `connection`.
         k: How many; fewer come back where fewer are left.
         dormant, drifting: Shares in [0, 1].
 
