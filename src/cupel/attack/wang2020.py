@@ -15,10 +15,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cupel.attack.teacher import Cut, TeacherLearner, head_of, known_images, mask_of, outgoing
-from cupel.attack.withstanding import Excited, WithstandingLearner, incoming
 from cupel.encoders import ImageEncoder
 from cupel.errors import UsageError, did_you_mean
 from cupel.implanting import Targets, implanted
+from cupel.implanting.withstanding import Excited, WithstandingLearner, incoming
 from cupel.inference import device_of
 from cupel.inversion import frozen, stamp
 from cupel.inversion.autoencoder import Autoencoder
@@ -60,8 +60,8 @@ class TransferBackdoor(Recipe):
         trigger: Its mask says where the pattern is, for goals that name no trigger; what it shows is not used.
         blocks_after: Blocks of the encoder between the layer and the embedding; 0 = the embedding itself.
         neurons: How many are excited for each goal. A neuron is a channel, its activation the mean over places.
-        connected_to: What connection strength means: `all` = the sum of absolute outgoing weights; `one` = the weight to
-            one output, so that the neurons pull the same way (see `cupel.losses.planting.connection`).
+        connected_to: What strength means: `all` = the sum of absolute outgoing weights, where neurons may pull to
+            different classes; `one` = the weight to one output (see `cupel.losses.planting.connection`).
         dormant, drifting: Shares of the neurons that are left out for low activity and for large drift.
         rehearsal: The fine-tuning with a new head that step 1 measures the drift in.
         percentile, factor: v_n = factor · this quantile of A_n on clean images.

@@ -43,10 +43,10 @@ class PatchGuard(Recipe):
             image's side).
         width: Channels of the first block; they double at each stride above 1.
         threshold: Share of a class's evidence above which its strongest window is masked.
-        robust_training: The head is trained with the strongest window of the true class taken away, as an attacker and
-            the mask would.
-        finetune: The student is trained along with the head.
-        head_epochs, head_lr: Of the head, by Adam.
+        robust_training: The head is trained a second time with the strongest window of the true class taken away, as
+            an attacker and the mask would. From the start this would drive all evidence to 0.
+        finetune: The student is trained along with the head the second time.
+        head_epochs, head_lr: Of the head, by Adam; the second time at a tenth of the rate.
         steps, epochs, lr, …: Of the distillation.
 
     Raises:
@@ -64,7 +64,7 @@ class PatchGuard(Recipe):
     width: PositiveInt = 64
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.0
     robust_training: bool = True
-    finetune: bool = False
+    finetune: bool = True
     head_epochs: Annotated[int, Field(ge=0)] = 20
     head_lr: Positive = 0.01
 
@@ -79,9 +79,9 @@ class PatchGuard(Recipe):
     needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
     revision: ClassVar[int] = 1
     budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "smoke": {"steps": 200, "width": 16, "head_epochs": 5},
+        "smoke": {"steps": 200, "width": 16, "head_epochs": 20},
         "standard": {},
-        "paper": {"epochs": 200, "width": 128, "head_epochs": 60, "finetune": True},
+        "paper": {"epochs": 200, "width": 128, "head_epochs": 60},
     }
 
     def __post_init__(self) -> None:
@@ -150,16 +150,23 @@ class PatchGuard(Recipe):
                 torch.default_generator.manual_seed(seed.child("head").value)
                 head = nn.Linear(encoder.width, train.num_classes)
             local = LocalEvidence(student, head.to(device))
-            if self.head_epochs:
+            labels = train.labels.to(device)
+            plain = _Headed(local, None, labels, finetune=False)
+            second = _Headed(local, windows if self.robust_training else None, labels, finetune=self.finetune)
+            stages = [("head", plain, self.head_lr)]
+            if self.robust_training or self.finetune:
+                stages.append(("robust head", second, self.head_lr / 10))
+            for stage, learner, lr in stages if self.head_epochs else ():
                 recipe = Recipe(
                     epochs=self.head_epochs,
                     batch_size=min(self.batch_size, len(train)),
                     optimizer="adam",
-                    lr=self.head_lr,
+                    lr=lr,
                     precision=self.precision,
                 )
-                headed = _Headed(self, local, windows, train.labels.to(device))
-                fit(headed, train, recipe, seed.child("fit"), label="certify patchguard: head", device=device)
+                learner.begin()
+                label = f"certify patchguard: {stage}"
+                fit(learner, train, recipe, seed.child(stage), label=label, device=device)
         local.eval().requires_grad_(True)
         return MaskedClassifier(local, windows, self.patch, encoder.input_size, self.threshold, "patchguard")
 
@@ -184,12 +191,16 @@ class _Told:
 
 
 class _Headed:
-    """The head under cross entropy of masked logits."""
+    """Head, and the student where it is tuned, under cross entropy of mean evidence, masked where windows are given."""
 
-    def __init__(self, settings: PatchGuard, local: LocalEvidence, windows: Windows, labels: Tensor) -> None:
-        self.settings, self.local, self.windows, self.labels = settings, local, windows, labels
-        self.state: nn.Module = local.train()
-        local.network.train(settings.finetune).requires_grad_(settings.finetune)
+    def __init__(self, local: LocalEvidence, windows: Windows | None, labels: Tensor, finetune: bool) -> None:
+        self.local, self.windows, self.labels, self.finetune = local, windows, labels, finetune
+        self.state: nn.Module = local
+
+    def begin(self) -> None:
+        """Set modes and what is trained."""
+        self.local.train()
+        self.local.network.train(self.finetune).requires_grad_(self.finetune)
 
     def parameters(self) -> list[nn.Parameter]:
         return [one for one in self.local.parameters() if one.requires_grad]
@@ -197,7 +208,7 @@ class _Headed:
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         x = batch.inputs.float().div_(255).contiguous(memory_format=torch.channels_last)
         y, evidence = self.labels[batch.rows.to(self.labels.device)], self.local(x).float()
-        logits = masked_logits(evidence, y, self.windows) if self.settings.robust_training else evidence.mean(dim=1)
+        logits = evidence.mean(dim=1) if self.windows is None else masked_logits(evidence, y, self.windows)
         return F.cross_entropy(logits, y), {"accuracy": (logits.detach().argmax(1) == y).float().mean()}
 
     def after_step(self) -> None:
@@ -215,4 +226,4 @@ def masked_logits(
     own = evidence.gather(2, labels[:, None, None].expand(-1, evidence.shape[1], 1)).squeeze(2)
     strongest = (own @ windows.covers.to(own).T).amax(dim=1)
     total = evidence.sum(dim=1)
-    return total.scatter_add(1, labels[:, None], -strongest[:, None]) / evidence.shape[1]
+    return total.scatter_add(1, labels[:, None], -strongest.clamp_min(0)[:, None]) / evidence.shape[1]

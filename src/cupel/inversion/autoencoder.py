@@ -13,10 +13,10 @@ __all__ = ["Autoencoder"]
 
 
 class Autoencoder(nn.Module):
-    """Two convolutions down to a quarter of each side, two back up; images in [0, 1] → images in [0, 1].
+    """One convolution down to half of each side, two back up; images in [0, 1] → images in [0, 1].
 
     Args:
-        width: Channels of the code, and in between; at least 1.
+        width: Channels of the code; at least 1.
         seed: Of the first weights.
     """
 
@@ -24,15 +24,12 @@ class Autoencoder(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed.value)
-            self.down = nn.Conv2d(3, width, 3, stride=2, padding=1)
-            self.code = nn.Conv2d(width, width, 3, stride=2, padding=1)
-            self.up = nn.Conv2d(width, width, 3, padding=1)
+            self.code = nn.Conv2d(3, width, 4, stride=2, padding=1)
+            self.up = nn.ConvTranspose2d(width, width, 4, stride=2, padding=1)
             self.out = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n 3 height width"]:
         """Reconstructions, in the size of `x`."""
-        z = self.code(F.relu(self.down(x * 2 - 1)))
-        half = ((x.shape[-2] + 1) // 2, (x.shape[-1] + 1) // 2)
-        y = F.relu(self.up(F.interpolate(z, half, mode="bilinear", align_corners=False)))
-        made: Tensor = self.out(F.interpolate(y, x.shape[-2:], mode="bilinear", align_corners=False))
-        return made.sigmoid()
+        z = F.gelu(self.code(x * 2 - 1))
+        made: Tensor = self.out(F.gelu(self.up(z, output_size=x.shape[-2:])))
+        return (2 * made).sigmoid()

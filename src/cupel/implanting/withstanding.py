@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from cupel.attack.teacher import Cut
 from cupel.encoders import ImageEncoder
 from cupel.encoders.blocks import block_outputs, blocks_of
 from cupel.errors import UsageError
-from cupel.implanting import freeze_norms
-from cupel.inference import device_of
+from cupel.folding import folded
+from cupel.implanting.step import freeze_norms
 from cupel.losses.planting import channel_means, excitation
 from cupel.protocols import Batch, Trigger
 from cupel.seeds import Seed
@@ -109,7 +108,7 @@ class WithstandingLearner:
         prune_every: int,
         weight_noise: float,
     ) -> None:
-        device = device_of(encoder.module)
+        device = next(encoder.module.parameters()).device
         self.encoder, self.head, self.excited, self.weights = encoder, head, excited, weights
         self.blocks_after, self.labels = blocks_after, data.labels.to(device)
         self.prune_share, self.prune_every, self.weight_noise = prune_share, prune_every, weight_noise
@@ -118,7 +117,7 @@ class WithstandingLearner:
         blocks = blocks_of(encoder.module)
         for part in blocks[len(blocks) - blocks_after :]:
             part.requires_grad_(False)
-        self.cut = Cut(encoder, blocks_after)
+        self.network = folded(encoder)
         self.stages = [part for part in blocks if any(isinstance(p, nn.Conv2d) for p in list(part.modules())[1:])]
         self.trainable = [p for p in encoder.module.parameters() if p.requires_grad]
         self.state: nn.Module = nn.ModuleDict({"encoder": encoder.module, "head": head})
@@ -138,7 +137,7 @@ class WithstandingLearner:
         inputs = torch.cat(parts).float().div_(255).contiguous(memory_format=torch.channels_last)
         rows = batch.rows.to(y.device)
         still_weight, excite_weight, *defended_weights = self.weights
-        layer, h = self.cut(inputs)
+        layer, h = self._plain(inputs)
         ce, excite = self._terms(layer, h, y)
         still = self._still(channel_means(layer[: len(y)]).float(), rows)
         total = ce + still_weight * still + excite_weight * excite
@@ -154,6 +153,15 @@ class WithstandingLearner:
     def after_step(self) -> None:
         """Count."""
         self._buffer("step").add_(1)
+
+    def _plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer and the embeddings."""
+        if not self.blocks_after:
+            h = self.network(x)
+            return h, h
+        with block_outputs(self.encoder.module, -1 - self.blocks_after) as seen:
+            h = self.encoder(x)
+        return seen[0], h
 
     def _still(self, found: Tensor, rows: Tensor) -> Tensor:
         each = [((found[:, one.neurons] - one.clean[rows]) / one.values).square().mean() for one in self.excited]
