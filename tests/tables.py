@@ -42,8 +42,7 @@ _SMALL: Mapping[str, Any] = {
     "batch_size": 16, "epochs": 1, "images": 48, "input_size": 16, "l1_draws": 2, "max_steps": 20, "num_seeds": 2,
     "pgd_steps": 1, "poison_rate": 0.1, "size": 4, "steps": 2, "width": 4, "width_multiplier": 0.0625,
     "adapt": Recipe(steps=2, batch_size=16), "filter_training": FilterTraining(steps=2, batch_size=16),
-    "filter_width": 4, "neurons": 2, "rehearsal": Recipe(steps=2, batch_size=16),
-    "autoencoder": Recipe(steps=2, batch_size=16),
+    "filter_width": 4,
     "picture_steps": ((2, 4.0, 4.0),), "pictures_per_class": 4, "trigger_images": 40, "trigger_steps": 5,
 }  # fmt: skip
 

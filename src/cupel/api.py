@@ -13,7 +13,6 @@ from cupel.attack import (
     LatentBackdoor,
     NeuBA,
     SSLBackdoor,
-    TransferBackdoor,
     TrojanNNModel,
 )
 from cupel.checkpoint import inspect_file
@@ -69,7 +68,6 @@ __all__ = [
     "Seed",
     "SimCLR",
     "Supervised",
-    "TransferBackdoor",
     "TrojanNNModel",
     "cells",
     "inspect_file",

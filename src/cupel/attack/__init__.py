@@ -16,7 +16,6 @@ from cupel.attack.sig import SIG
 from cupel.attack.ssl_backdoor import SSLBackdoor
 from cupel.attack.trojannn_model import TrojanNNModel
 from cupel.attack.trojannn_poison import TrojanNNPoison
-from cupel.attack.wang2020 import TransferBackdoor
 from cupel.settings import registry
 
 __all__ = [
@@ -33,7 +32,6 @@ __all__ = [
     "LatentBackdoor",
     "NeuBA",
     "SSLBackdoor",
-    "TransferBackdoor",
     "TrojanNNModel",
     "TrojanNNPoison",
 ]
@@ -47,7 +45,6 @@ ATTACKS: Mapping[str, type] = registry(
         "neuba": NeuBA,
         "latent_backdoor": LatentBackdoor,
         "trojannn_model": TrojanNNModel,
-        "transfer_backdoor": TransferBackdoor,
         "ssl_backdoor": SSLBackdoor,
         "nlb": NLB,
         "ctrl": CTRL,
