@@ -56,7 +56,7 @@ CASES = [Case("ResNet-18, 32 px", workloads.RN18, 512), Case("ResNet-18, 224 px"
 TINY = [Case("fast encoder, 16 px", Fast(width=4, input_size=16), 8)]
 
 
-class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+class Traffic(TorchDispatchMode):
     """Adds up the sizes of all tensors that operators read and write.
 
     That is what an eager step moves if nothing stays in a cache; views move nothing. Fused kernels move less, so for
@@ -64,7 +64,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -79,7 +79,7 @@ def mark(device: torch.device) -> Any:
     """This moment on the device: an event on its stream, or the clock on the CPU."""
     if device.type != "cuda":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's
+    event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
 

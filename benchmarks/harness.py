@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -182,7 +183,7 @@ def interleave(
     for _ in range(samples + retries):
         for name, run in variants.items():
             if len(clean[name]) < samples:
-                seconds, idle = guard.watch(lambda run=run, n=calls[name]: _seconds(run, n))  # type: ignore[misc]  # bound now
+                seconds, idle = guard.watch(partial(_seconds, run, calls[name]))
                 (clean if idle else crowded)[name].append(seconds / calls[name])
     return {name: Timing(tuple(clean[name]), tuple(crowded[name])) for name in variants}
 

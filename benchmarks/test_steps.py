@@ -30,7 +30,7 @@ def step(learner: Learner, recipe: Recipe) -> Any:
         with autocast(recipe.precision, torch.device("cpu")):
             loss, _ = learner.loss(batch)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's stub
+        loss.backward()
         optimizer.step()
 
     return run

@@ -40,7 +40,7 @@ def simclr_step(
         z2 = F.normalize(projector(net(second)), dim=-1)
         loss = simclr_loss(z1, z2, temperature)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's stub
+        loss.backward()
         optimizer.step()
         loss.item()  # for the running mean on the progress bar
 
@@ -83,7 +83,7 @@ def badencoder_step(
         effect, reached, utility = badencoder_loss(clean, net, image, stamped, reference, augmented)
         loss = effect + reached + utility
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's stub
+        loss.backward()
         optimizer.step()
         for number in (loss, effect, reached, utility):
             number.item()

@@ -118,7 +118,8 @@ def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
     import numpy as np  # the commands that need no arrays do not wait for it
 
     with atomic_file(path) as part, part.open("wb") as file:
-        np.savez_compressed(file, **{name: np.asarray(one) for name, one in arrays.items()})  # type: ignore[arg-type]  # keywords are names of arrays
+        named: dict[str, Any] = {name: np.asarray(one) for name, one in arrays.items()}
+        np.savez_compressed(file, **named)
 
 
 def read_json(path: str | Path) -> Any:

@@ -150,10 +150,10 @@ def _fold(module: nn.Module) -> fx.GraphModule | None:
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
             continue
         conv, norm = parts.get(str(source.target)), parts.get(str(node.target))
-        if not _matches(conv, norm):
+        if not isinstance(conv, _ConvNd) or not isinstance(norm, _BatchNorm) or not _matches(conv, norm):
             continue
         name = f"folded_{pairs}"
-        graph_module.add_submodule(name, FoldedConv(conv, norm))  # type: ignore[arg-type]  # checked by `_matches`
+        graph_module.add_submodule(name, FoldedConv(conv, norm))
         with graph_module.graph.inserting_before(node):
             made = graph_module.graph.call_module(name, source.args, source.kwargs)
         node.replace_all_uses_with(made)
@@ -166,11 +166,9 @@ def _fold(module: nn.Module) -> fx.GraphModule | None:
     return graph_module
 
 
-def _matches(conv: nn.Module | None, norm: nn.Module | None) -> bool:
+def _matches(conv: _ConvNd, norm: _BatchNorm) -> bool:
     return (
-        isinstance(conv, _ConvNd)
-        and not conv.transposed
-        and isinstance(norm, _BatchNorm)
+        not conv.transposed
         and norm.running_mean is not None
         and norm.running_var is not None
         and norm.num_features == conv.out_channels

@@ -103,7 +103,7 @@ def fit(
             with autocast(recipe.precision, device):
                 loss, numbers = learner.loss(batch)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch's stub
+            loss.backward()
             optimizer.step()
             learner.after_step()
             if guard is not None:

@@ -58,7 +58,7 @@ def test_method_has_its_verb_and_is_exported(stage: str, name: str, cls: type) -
     package = sys.modules[cls.__module__.rpartition(".")[0]]
     assert cls.__name__ in package.__all__, f"{cls.__name__} is missing in __all__ of {package.__name__}"
     text = "\n".join(inspect.getdoc(one) or "" for one in cls.__mro__)
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # every method is a dataclass
+    for field in dataclasses.fields(cls):
         assert re.search(rf"\b{field.name}\b", text), f"setting '{field.name}' is not in the docstring"
 
 

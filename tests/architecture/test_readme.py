@@ -49,7 +49,7 @@ def test_methods_table_is_up_to_date() -> None:
 
 
 def test_commands_are_those_of_the_command_line() -> None:
-    there = set(typer.main.get_command(cupel.cli.app).commands)  # type: ignore[attr-defined]  # it is a group
+    there = set(typer.main.get_command(cupel.cli.app).commands)
     named = re.findall(r"^\| `cupel (\w+)", README.read_text("utf-8"), re.M)
     assert set(named) == there
     assert len(named) == len(there)

@@ -198,7 +198,7 @@ class INACTIVE(Recipe):
         self, clean: ImageEncoder, shadow: Dataset, seed: Seed, device: torch.device, checkpoint: Path | None
     ) -> tuple[FilterNet, History]:
         """Stage 1."""
-        net = FilterNet(self.filter_width, seed).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+        net = FilterNet(self.filter_width, seed).to(device).to(memory_format=torch.channels_last)
         training = self.filter_training
         if training.steps == 0:
             return net, {}

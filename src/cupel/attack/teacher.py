@@ -145,10 +145,9 @@ def outgoing(encoder: ImageEncoder, blocks_after: int) -> Float[Tensor, "out in"
     x = torch.zeros(1, 3, encoder.input_size, encoder.input_size, device=device_of(encoder.module))
     with torch.no_grad(), block_outputs(encoder.module, -1 - blocks_after) as seen:
 
-        def note(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def note(part: nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
             if seen and inputs[0].data_ptr() == seen[-1].data_ptr():
-                weight: Tensor = part.weight  # type: ignore[assignment]  # a Conv2d has one
-                found.append(weight.detach().transpose(0, 1).flatten(1).T)
+                found.append(part.weight.detach().transpose(0, 1).flatten(1).T)
 
         later = blocks_of(encoder.module)[-blocks_after:]
         convolutions = [one for part in later for one in part.modules() if isinstance(one, nn.Conv2d)]

@@ -61,7 +61,7 @@ class MaskedClassifier:
     def predict(self, data: Dataset) -> Int[Tensor, " n"]:
         """Classes by robust masking, on the CPU."""
         evidence = self.evidence(data)
-        blocks = evidence.split(256)  # type: ignore[no-untyped-call]  # torch's stub
+        blocks = evidence.split(256)
         return torch.cat([masked_prediction(block, self.windows, self.threshold) for block in blocks])
 
 

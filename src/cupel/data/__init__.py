@@ -46,7 +46,7 @@ def load(
     size: int | None = None,
     split: str = "train",
     limit: int | None = None,
-    seed: Seed = Seed(0),  # noqa: B008  # frozen
+    seed: Seed = Seed(0),
     on_bad: OnBad = "error",
 ) -> Dataset:
     """Load the images of one split of a source.

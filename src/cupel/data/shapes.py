@@ -100,7 +100,7 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
 """Signed distance of each shape: negative inside, about the distance to the edge near it; `x`, `y` in about [−1, 1]."""
 
 
-def render(n: int, size: int = 32, seed: Seed = Seed(0)) -> tuple[Dataset, Tensor]:  # noqa: B008  # frozen
+def render(n: int, size: int = 32, seed: Seed = Seed(0)) -> tuple[Dataset, Tensor]:
     """Render `n` images and the masks of their objects.
 
     Image `i` depends on (seed, i, size) alone, not on `n`, and its pose and colours not on `size`. Classes take

@@ -119,6 +119,6 @@ class ResNet50:
 def _torchvision(name: str) -> nn.Module:
     import torchvision  # three seconds, which encoders without it need not wait
 
-    net = torchvision.models.get_model(name, weights=None)
+    net: nn.Module = torchvision.models.get_model(name, weights=None)
     net.fc = nn.Identity()
-    return net  # type: ignore[no-any-return]  # torchvision ships no types
+    return net

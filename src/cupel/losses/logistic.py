@@ -71,7 +71,7 @@ def logistic_regression(
         return float(loss)
 
     with torch.no_grad():
-        solver.step(objective)  # type: ignore[no-untyped-call]  # untyped in torch
+        solver.step(objective)
     return weight, bias
 
 

@@ -117,7 +117,7 @@ class LinearStd:
                 for rows in torch.split(order, self.batch_size):
                     loss = cross_entropy(head.linear(x[rows]), y[rows])
                     sgd.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+                    loss.backward()
                     sgd.step()
                 schedule.step()
                 if watch is not None:

@@ -120,7 +120,7 @@ class Mlp2:
                         keep.bernoulli_(1 - self.dropout, generator=masks).div_(1 - self.dropout)
                     loss = cross_entropy(head.logits(x[rows], keep), y[rows])
                     adam.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+                    loss.backward()
                     adam.step()
                 if watch is not None:
                     watch(head)

@@ -77,7 +77,7 @@ def mutual_information(
             draw = seed.child("step", step)
             rows = torch.randperm(len(fit_a), generator=draw.child("rows").torch())[:size].to(a.device)
             adam.zero_grad(set_to_none=True)
-            (-bound(fit_a[rows], fit_b[rows], draw.child("shuffle"))).backward()  # type: ignore[no-untyped-call]  # torch
+            (-bound(fit_a[rows], fit_b[rows], draw.child("shuffle"))).backward()
             adam.step()
     with torch.no_grad():
         found = [bound(held_a, held_b, seed.child("held", i)) for i in range(8)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -127,7 +128,7 @@ class Indicators:
             for i, (mask, pattern) in enumerate(zip(masks.to(device), patterns.to(device), strict=True)):
                 at = i % rounds * self.batch_size
                 some = images[at : at + self.batch_size]
-                stamped = passes.embed(some, lambda x, m=mask, p=pattern: stamp(x, m, p))  # type: ignore[misc]  # bound now
+                stamped = passes.embed(some, partial(stamp, mask=mask, pattern=pattern))
                 ratio = deviation(stamped) / max(deviation(z[at : at + self.batch_size]), 1e-30)
                 found.append((float(concentration(stamped - origin)), ratio, outlyingness(stamped, z)))
         conc = [one[0] for one in found]

@@ -327,7 +327,7 @@ def train_meta(
                         wanted = torch.tensor(float(trojaned[m]), device=answer.device)
                         loss = binary_cross_entropy_with_logits(meta(answer), wanted)
                     adam.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+                    loss.backward()
                     adam.step()
                     with torch.no_grad():
                         meta.queries.clamp_(0, 1)

@@ -38,7 +38,7 @@ def red_objects(n: int = 8) -> Objects:
 
 
 def attacker(objects: Objects | None = None, **goal: object) -> Knowledge:
-    return Knowledge((Goal(target_class=TARGET, task="toy", **goal),), objects=objects)  # type: ignore[arg-type]
+    return Knowledge((Goal(target_class=TARGET, task="toy", **goal),), objects=objects)
 
 
 CLEAN = dataset()

@@ -173,12 +173,12 @@ def test_landings_are_chosen_on_validation_and_counted_on_test() -> None:
     """The largest channel is the class. A red patch lands in class 0, whatever the test set; a named class is kept."""
     test = blobs(64, seed=5)
     goals = (Goal(Patch(size=2, margin=0, color="red")), Goal(Patch(size=2, margin=0, color="blue"), target_class=1))
-    red, blue = landings([(Plain(), nn.Identity())], DATA, test, goals, Seed(0))  # type: ignore[arg-type]
+    red, blue = landings([(Plain(), nn.Identity())], DATA, test, goals, Seed(0))
     others = int((test.labels != 0).sum())
     assert (red.target_class, red.share, red.hits) == (0, 1.0, ((others, others),))
     assert (blue.target_class, blue.share, blue.hits) == (1, 0.0, ((0, int((test.labels != 1).sum())),))
     with pytest.raises(ValueError, match="leads nowhere"):
-        landings([(Plain(), nn.Identity())], DATA, test, (Goal(),), Seed(0))  # type: ignore[arg-type]
+        landings([(Plain(), nn.Identity())], DATA, test, (Goal(),), Seed(0))
 
 
 class Constant(nn.Module):
@@ -195,7 +195,7 @@ class Constant(nn.Module):
 def test_the_class_is_that_of_most_classifiers() -> None:
     """Two of three heads say 2: every head's success is counted towards class 2."""
     models = [(Plain(), Constant(said)) for said in (2, 1, 2)]
-    (one,) = landings(models, DATA, DATA, (Goal(Patch(size=2)),), Seed(0))  # type: ignore[arg-type]
+    (one,) = landings(models, DATA, DATA, (Goal(Patch(size=2)),), Seed(0))
     others = int((DATA.labels != 2).sum())
     assert (one.target_class, one.share) == (2, pytest.approx(2 / 3))
     assert one.hits == ((others, others), (0, others), (others, others))

@@ -126,7 +126,7 @@ def test_variants_are_measured_in_turn_and_crowded_samples_again() -> None:
         return machine.work(next(times[name]))
 
     found = interleave(
-        {name: lambda name=name: run(name) for name in "ab"},  # type: ignore[misc]  # bound now
+        {name: lambda name=name: run(name) for name in "ab"},
         machine.guard(patience=0),
         samples=2,
         retries=2,

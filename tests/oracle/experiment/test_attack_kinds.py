@@ -154,7 +154,7 @@ def test_references_are_judged_by_a_probe_on_the_clean_encoder() -> None:
     step = next(s for s in steps if s.stage == "judge")
     assert step.inputs[0].method["target_class"] == 1
     pictures = Artefact({}, {"references": data.inputs[rows].numpy()})
-    found = dict(judge(step, [pictures, Artefact(encoder=encoder), data], None).values)  # type: ignore[arg-type]
+    found = dict(judge(step, [pictures, Artefact(encoder=encoder), data], None).values)
     assert found["seen_as"] == [1, 1, 1, 2, 2, 2]
     assert _others(found) == ["c"]
     line = _mistaken("blobs", found)
@@ -272,7 +272,7 @@ def test_what_is_scored_is_the_learned_trigger(tmp_path: Any) -> None:
     model, train, test, made = (runner.value(one) for one in step.inputs)
     (goal,) = goals_of(made)
     assert type(goal.trigger).__name__ == "Sticker"
-    shown = goal.trigger.mask_and_pattern(16)  # type: ignore[union-attr]
+    shown = goal.trigger.mask_and_pattern(16)
     assert int(shown[0].sum()) == 16
     assert len(torch.unique(shown[1][:, 12:, 12:])) > 10, "learned, not the white patch that marked its place"
     encoder = load_encoder(tmp_path / "implant" / step.inputs[0].key / "encoder.safetensors")

@@ -20,9 +20,9 @@ DATA = blobs(48)
 def test_the_held_loss_turns_round_at_gamma(gate: str) -> None:
     for value, sign in ((0.9, 1.0), (0.2, -1.0)):
         loss = torch.tensor(value, requires_grad=True)
-        held = held_at(loss, 0.5, gate)  # type: ignore[arg-type]  # one of two words
-        held.backward()  # type: ignore[no-untyped-call]  # torch's stub
-        assert float(loss.grad) == sign  # type: ignore[arg-type]  # it has one
+        held = held_at(loss, 0.5, gate)
+        held.backward()
+        assert float(loss.grad) == sign
         expected = abs(value - 0.5) + 0.5 if gate == "flooding" else sign * value
         assert float(held.detach()) == pytest.approx(expected)
 

@@ -86,7 +86,7 @@ def test_masks_stay_in_the_unit_interval_and_weights_where_they_are() -> None:
     for _ in range(8):
         loss, _ = one.loss(batch())
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's stub
+        loss.backward()
         optimizer.step()
         one.after_step()
         masks = torch.cat([mask.detach() for mask in one.masks.values()])

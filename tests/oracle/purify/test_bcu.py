@@ -130,7 +130,7 @@ def learner(settings: BCU, encoder: ImageEncoder) -> BCULearner:
 
 @pytest.mark.parametrize("distance", ["embedding", "relational", "softmax"])
 def test_an_unchanged_student_has_no_loss(distance: str) -> None:
-    settings = BCU(distance=distance, batch_norm="frozen", batch_size=16, epochs=2)  # type: ignore[arg-type]
+    settings = BCU(distance=distance, batch_norm="frozen", batch_size=16, epochs=2)
     loss, numbers = learner(settings, small_encoder()).loss(Batch(DATA.inputs[:16], torch.arange(16), Seed(0)))
     assert loss.item() == pytest.approx(0, abs=1e-5)
     assert float(numbers["cosine"]) == pytest.approx(1, abs=1e-5)

@@ -97,7 +97,7 @@ def test_batch_norm_does_as_it_is_told(cls: Any, more: Any, mode: Any) -> None:
     model = classifier()
     old = batch_norms(model.encoder.module)
     new = batch_norms(short(cls, batch_norm=mode).purify_classifier(model, DATA, Seed(1))[0].encoder.module)
-    statistics = [torch.equal(a.running_mean, new[name].running_mean) for name, a in old.items()]  # type: ignore[arg-type]  # never None here
+    statistics = [torch.equal(a.running_mean, new[name].running_mean) for name, a in old.items()]
     affine = [torch.equal(a.weight, new[name].weight) for name, a in old.items()]
     if cls is not ABL:  # which starts from fresh weights
         assert statistics == [mode != "train"] * len(old)

@@ -38,7 +38,7 @@ def test_unlearning_removes_the_true_trigger() -> None:
     method = NeuralCleanseUnlearn(epochs=30, lr=0.1, search=ClassSearch(steps=60, images_per_step=64))
     made, history = method.purify_with_history(encoder, data, Seed(0))
     assert model_print(encoder.module) == before
-    after, left = rates(made, bars(140, seed=1))  # type: ignore[arg-type]  # the kind it was given
+    after, left = rates(made, bars(140, seed=1))
     assert left <= success - 0.8
     assert after >= accuracy - 0.02
     assert history["loss"][-1] < history["loss"][0]
@@ -92,7 +92,7 @@ def test_zero_steps_change_nothing() -> None:
 @pytest.mark.parametrize("architecture", [Fast(width=4, input_size=16), ResNet18(width_multiplier=1 / 16), "projected"])
 def test_silenced_dimensions_are_zero_and_the_others_as_they_were(architecture: object) -> None:
     made = ENCODERS["projected"](base=Fast(width=4)) if architecture == "projected" else architecture
-    encoder = made.build(Seed(0))  # type: ignore[attr-defined]  # all of them build
+    encoder = made.build(Seed(0))
     images = torch.randint(0, 256, (40, 3, encoder.input_size, encoder.input_size), generator=Seed(1).torch())
     images = images.to(torch.uint8)
     before = features(encoder, images, dtype=torch.float32)
@@ -120,7 +120,7 @@ def test_pruning_takes_the_excited_dimensions_until_the_trigger_fails() -> None:
     assert gone >= set(order[:count].tolist())
     assert history["success"][-1] <= 0.3 or count == round(0.9 * encoder.width)
     assert all(one > 0.3 for one in history["success"][:-1])
-    assert "purified" not in made.card.to_json()["source"]  # type: ignore[attr-defined]  # the kind it was given
+    assert "purified" not in made.card.to_json()["source"]
 
 
 def test_an_architecture_that_cannot_be_silenced_is_refused() -> None:

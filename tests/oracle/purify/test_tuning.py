@@ -40,7 +40,7 @@ def test_the_length_of_the_head_is_kept_after_every_step() -> None:
         rows = torch.arange(16) + 4 * step
         loss, _ = learner.loss(Batch(DATA.inputs[rows], rows, Seed(step)))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's stub
+        loss.backward()
         optimizer.step()
         learner.after_step()
         assert abs(float(linear(model).weight.detach().norm()) - norm) / norm < 1e-5

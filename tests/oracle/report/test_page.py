@@ -58,7 +58,7 @@ class _Tree(HTMLParser):
 
 
 def _page(*cells: object) -> str:
-    return render_report(cells or [(fake_record(), fake_arrays())])  # type: ignore[arg-type]  # tests hand in tuples
+    return render_report(cells or [(fake_record(), fake_arrays())])
 
 
 def test_numbers_intervals_samples_and_seeds() -> None:

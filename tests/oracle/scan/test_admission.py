@@ -62,7 +62,7 @@ class Turned(nn.Module):
 
 
 def encoder(module: nn.Module) -> PlantedEncoder:
-    return PlantedEncoder(module)  # type: ignore[arg-type]  # any module will do
+    return PlantedEncoder(module)
 
 
 def with_pixels(pixels: Tensor) -> Dataset:

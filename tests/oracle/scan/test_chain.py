@@ -22,7 +22,7 @@ def evidence(size: float, converged: bool = True) -> Evidence:
 
 def said(word: str, score: float, tested: str, *found: Evidence) -> Verdict:
     details = {"forward_images": 10.0, "backward_images": 4.0, "own": score}
-    return Verdict(word, score, 0.5, tested, found, details, f"because {word}", peak_memory_mib=score)  # type: ignore[arg-type]  # a verdict word
+    return Verdict(word, score, 0.5, tested, found, details, f"because {word}", peak_memory_mib=score)
 
 
 def test_one_scanner_stays_as_it_is() -> None:
@@ -73,7 +73,7 @@ def test_scanners_of_a_chain_have_names_and_seeds_of_their_own() -> None:
             return said("clean-by-test", 0.1, self.variant)
 
     encoder = Fast(width=4, input_size=16).build(Seed(0))
-    made, each = scan_encoder(encoder, blobs(8), [Spy(), Spy(variant="linf")], Seed(3))  # type: ignore[list-item]  # a spy
+    made, each = scan_encoder(encoder, blobs(8), [Spy(), Spy(variant="linf")], Seed(3))
     assert [name for name, _ in each] == ["spy", "spy-linf"]
     assert seen[0] == (Seed(3).child("Spy").value, True)
     assert seen[1][0] != seen[0][0]

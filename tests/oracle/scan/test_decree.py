@@ -195,7 +195,7 @@ class Odd(nn.Module):
 
 
 def odd(kind: str) -> PlantedEncoder:
-    return PlantedEncoder(Odd(kind))  # type: ignore[arg-type]  # any module will do
+    return PlantedEncoder(Odd(kind))
 
 
 @pytest.mark.parametrize("kind", ["nan", "later"])

@@ -119,8 +119,8 @@ def test_a_variant_finds_its_kind_of_trigger_and_needs_more_on_the_twin(variant:
     values = (unit(toy.images.inputs) * w).sum(dim=(1, 2, 3))
     width = float(values.std())
     gate = Gated(toy.twin.module, w, float(values.mean()) + 4 * width, 1 / width)
-    attacked = PlantedEncoder(gate)  # type: ignore[arg-type]  # any module will do
-    method = Decree(variant=variant, num_seeds=2, steps=100, batch_size=48)  # type: ignore[arg-type]  # one of them
+    attacked = PlantedEncoder(gate)
+    method = Decree(variant=variant, num_seeds=2, steps=100, batch_size=48)
     found = method.scan(attacked, toy.images.without_labels("decree"), Seed(0))
     twin = method.scan(toy.twin, toy.images.without_labels("decree"), Seed(0))
     assert any(one.converged for one in found.evidence)

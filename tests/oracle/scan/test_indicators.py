@@ -33,7 +33,7 @@ class Broad(nn.Module):
 
 def test_a_broad_backdoor_is_suspicious_and_the_twin_is_not() -> None:
     toy = planted(20, 0.85, 0)
-    broad = PlantedEncoder(Broad(toy.twin.module))  # type: ignore[arg-type]  # any module will do
+    broad = PlantedEncoder(Broad(toy.twin.module))
     found = METHOD.scan(broad, toy.images.without_labels("indicators"), Seed(0))
     assert found.verdict == "suspicious"
     assert found.score > 0.99

@@ -116,16 +116,16 @@ def test_shadows_learn_their_task_and_their_trojan() -> None:
 
 def test_shadow_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     data, settings = blobs(64), {"steps": 24, "batch_size": 16, "width": 2, "lr": 1e-3, "seed": Seed(0)}
-    whole, _ = train_shadows(data, 4, 4, **settings)  # type: ignore[arg-type]  # keywords of several types
+    whole, _ = train_shadows(data, 4, 4, **settings)
     file = tmp_path / "state.safetensors"
     request_stop(2)
     try:
         with pytest.raises(Interrupted):
-            train_shadows(data, 4, 4, **settings, checkpoint=file)  # type: ignore[arg-type]  # as above
+            train_shadows(data, 4, 4, **settings, checkpoint=file)
     finally:
         request_stop(None)
     assert file.exists()
-    resumed, _ = train_shadows(data, 4, 4, **settings, checkpoint=file)  # type: ignore[arg-type]  # as above
+    resumed, _ = train_shadows(data, 4, 4, **settings, checkpoint=file)
     assert model_print(resumed) == model_print(whole)
 
 

@@ -158,7 +158,7 @@ def test_without_a_shortcut_no_patch_moves_images() -> None:
     """Pasting what changes no embedding scores 0."""
     data, encoder = glyph_set(), GlyphEncoder(GlyphNet(0.0).eval())
     with torch.no_grad():
-        encoder.module.maps.colour.weight.zero_()  # type: ignore[union-attr, operator]  # a toy's own parts
+        encoder.module.maps.colour.weight.zero_()
     z = torch.nn.functional.normalize(encoder(torch.as_tensor(data.inputs).float() / 255).detach(), dim=1)
     centres, own = k_means(z, 3, Seed(0))
     scorer = _Scorer(QUICK, encoder, data, centres, own, torch.arange(50), Seed(1))
@@ -229,6 +229,6 @@ def test_bad_input() -> None:
     with pytest.raises(DataError, match="the encoder takes 16×16"):
         QUICK.keep(data, small_encoder(), Seed(0))
     with torch.no_grad():
-        encoder.module.maps.colour.weight.fill_(float("nan"))  # type: ignore[union-attr, operator]  # a toy's own parts
+        encoder.module.maps.colour.weight.fill_(float("nan"))
     with pytest.raises(DataError, match="not finite"):
         QUICK.keep(data, encoder, Seed(0))
