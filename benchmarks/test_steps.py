@@ -61,7 +61,7 @@ def test_cbd_step(benchmark: Any) -> None:
     cbd: Any = PURIFIERS["cbd"]
     recipe = cbd(batch_size=BATCH, steps=1)
     quick = inference_copy(encoder.copy(), torch.bfloat16)
-    learner = CBDLearner(recipe, encoder, quick, clean, [], Seed(0))
+    learner = CBDLearner(recipe, encoder, quick, clean, None, Seed(0))
     benchmark.pedantic(step(learner, recipe), rounds=4, warmup_rounds=1)
 
 

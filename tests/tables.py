@@ -10,12 +10,15 @@ import pytest
 
 from cupel.attack import ATTACKS
 from cupel.attack.inactive import FilterTraining
+from cupel.certify import CERTIFIERS
 from cupel.encoders import ENCODERS
+from cupel.inversion.classwise import ClassSearch
 from cupel.optimizers import Recipe
 from cupel.pretrain import OBJECTIVES
 from cupel.probe import PROBES
 from cupel.purify import PURIFIERS
-from cupel.scan import SCANNERS
+from cupel.scan import FILTERS, SCANNERS
+from cupel.scan.patch_classifier import PatchClassifier
 from cupel.triggers import TRIGGERS
 
 __all__ = ["METHODS", "TABLES", "methods", "tiny"]
@@ -25,7 +28,9 @@ TABLES: Mapping[str, Mapping[str, type]] = {
     "objectives": OBJECTIVES,
     "probes": PROBES,
     "scanners": SCANNERS,
+    "filters": FILTERS,
     "purifiers": PURIFIERS,
+    "certifiers": CERTIFIERS,
     "triggers": TRIGGERS,
     "encoders": ENCODERS,
 }
@@ -43,7 +48,13 @@ _SMALL: Mapping[str, Any] = {
     "pgd_steps": 1, "poison_rate": 0.1, "size": 4, "steps": 2, "width": 4, "width_multiplier": 0.0625,
     "adapt": Recipe(steps=2, batch_size=16), "filter_training": FilterTraining(steps=2, batch_size=16),
     "filter_width": 4,
+    "head_epochs": 1, "information_steps": 2, "isolation_epochs": 1, "patch": 2, "projector_epochs": 1, "rounds": 1,
+    "search": ClassSearch(steps=6, images_per_step=32, success=0.3), "teacher_epochs": 1, "training_bands": 2,
+    "tuning_epochs": 0, "u": 0.5, "unlearning_epochs": 1, "warmup_epochs": 0,
     "picture_steps": ((2, 4.0, 4.0),), "pictures_per_class": 4, "trigger_images": 40, "trigger_steps": 5,
+    "blends": 1, "clusters": 8, "max_clusters": 4, "num_clusters": 3, "queries": 4, "repeats": 1, "shadows": 16,
+    "stamps": 3, "stride": 0.5, "test_images": 16, "top": 3,
+    "classifier": PatchClassifier(steps=2, batch_size=16, ensemble=1, width=4),
 }  # fmt: skip
 
 

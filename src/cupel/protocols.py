@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cupel.seeds import Seed
@@ -23,6 +23,8 @@ from cupel.types import (
 
 __all__ = [
     "Batch",
+    "Certified",
+    "Certifier",
     "Classifier",
     "DataAttack",
     "Encoder",
@@ -76,6 +78,20 @@ class Classifier(Protocol):
     @property
     def head(self) -> nn.Module: ...
     def __call__(self, x: Images, /) -> Float[Tensor, "batch classes"]: ...
+
+
+class Certified(Protocol):
+    """A classifier with a certificate: no patch of a size can change what it says of an image that is certified."""
+
+    @property
+    def patch(self) -> int: ...
+    def predict(self, data: Dataset) -> Int[Tensor, " row"]: ...
+
+
+class Certifier(Protocol):
+    """Fits a certified classifier on an encoder."""
+
+    def fit(self, encoder: Encoder, train: Dataset, seed: Seed) -> Certified: ...
 
 
 class Trigger(Protocol[R]):

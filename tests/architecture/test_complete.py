@@ -23,10 +23,11 @@ from tables import METHODS, TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(cupel.__file__).parent
-FROM_PAPERS = ("attacks", "objectives", "scanners", "purifiers")
+FROM_PAPERS = ("attacks", "objectives", "scanners", "filters", "purifiers", "certifiers")
 VERBS = {
     "attacks": ("poison", "implant"), "objectives": ("learner",), "probes": ("fit",), "scanners": ("scan",),
-    "purifiers": ("purify",), "triggers": ("__call__",), "encoders": ("build",),
+    "filters": ("keep",),
+    "purifiers": ("purify",), "certifiers": ("fit",), "triggers": ("__call__",), "encoders": ("build",),
 }  # fmt: skip
 
 
@@ -54,7 +55,8 @@ def test_method_is_documented(stage: str, name: str, cls: type) -> None:
 
 @pytest.mark.parametrize(("stage", "name", "cls"), METHODS)
 def test_method_has_its_verb_and_is_exported(stage: str, name: str, cls: type) -> None:
-    assert sum(verb in vars(cls) for verb in VERBS[stage]) == 1
+    inherited = {name for one in cls.__mro__ for name in vars(one)}
+    assert sum(verb in inherited for verb in VERBS[stage]) == 1
     package = sys.modules[cls.__module__.rpartition(".")[0]]
     assert cls.__name__ in package.__all__, f"{cls.__name__} is missing in __all__ of {package.__name__}"
     text = "\n".join(inspect.getdoc(one) or "" for one in cls.__mro__)

@@ -9,7 +9,7 @@ import pytest
 
 from cupel.errors import SettingsError
 from cupel.settings import OneOf, canonical, digest, method_name, parse
-from tables import METHODS, tiny
+from tables import METHODS, TABLES, tiny
 
 PRESETS = ("smoke", "standard", "paper")
 
@@ -41,7 +41,8 @@ def key(method: Any) -> str:
 
 
 def variants(cls: Any) -> list[Any]:
-    presets = [cls.preset(name) for name in PRESETS] if hasattr(cls, "scan") or hasattr(cls, "purify") else []
+    budgeted = hasattr(cls, "scan") or hasattr(cls, "purify") or cls in TABLES["certifiers"].values()
+    presets = [cls.preset(name) for name in PRESETS] if budgeted else []
     return [cls(), tiny(cls), *presets]
 
 

@@ -66,9 +66,9 @@ def images_of(method: Mapping[str, Any], seed: Seed) -> Dataset:
     role, source, size, limit = method["role"], method["source"], method["size"], method["limit"]
     if role == "test":
         made = _load(source, "test", size, limit, seed)
-    elif role in ("pool", "train"):
+    elif role in ("pool", "train", "labelled"):
         kept, pool = _held_out(source, size, seed)
-        made = pool if role == "pool" else _some(kept, limit, seed.child("train"))
+        made = pool if role == "pool" else _some(kept, limit, seed.child(role))
     else:
         # the attacker's and the defender's images are drawn from the pre-training images where no other source is named
         first = limit if role == "pre-training" else method["within"]

@@ -2,75 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from cupel import data as sources
 from cupel.attack import ATTACKS
+from cupel.certify import CERTIFIERS
 from cupel.encoders import ENCODERS
 from cupel.errors import SettingsError
 from cupel.experiment.aims import aims_of, kind_of
 from cupel.experiment.spec import Downstream, Experiment
+from cupel.experiment.step import VIRTUAL, Step, Steps, recipe_of, task_names
 from cupel.implanting import file_content
-from cupel.pretrain import OBJECTIVES
 from cupel.purify import PURIFIERS
-from cupel.scan import SCANNERS, shipped_reference
-from cupel.seeds import Seed
-from cupel.settings import canonical, digest, method_name
+from cupel.scan import FILTERS, SCANNERS, shipped_reference
+from cupel.settings import method_name
 
 __all__ = ["VIRTUAL", "Step", "file_content", "plan", "recipe_of", "task_names"]
-
-VIRTUAL = frozenset({"data", "poison"})
-"""Stages whose values are made again when needed and are not stored: they are cheap, and would be large."""
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One node of the plan.
-
-    Args:
-        stage: What kind of work.
-        name: For people, unique within a plan.
-        method: Settings object, or plain values.
-        inputs: Steps whose values this one reads, in order.
-        seed: Randomness of this step.
-        key: Hash of stage, settings with every default, revisions, contents of named files and data, inputs' keys and
-            seed.
-        twin: The clean twin of an encoder trained on poisoned images, named in its manifest. It has no part in the
-            key, which holds all that the twin depends on.
-    """
-
-    stage: str
-    name: str
-    method: Any
-    inputs: tuple[Step, ...]
-    seed: Seed
-    key: str
-    twin: Step | None = None
-
-
-def _step(stage: str, name: str, method: Any, inputs: tuple[Step, ...], seed: Seed, twin: Step | None = None) -> Step:
-    plain = [stage, canonical(method, file_content), [one.key for one in inputs], seed.value]
-    return Step(stage, name, method, inputs, seed, digest(plain), twin)
-
-
-def _data(role: str, source: str, split: str, seed: Seed, **values: Any) -> Step:
-    method = {"role": role, "source": source, "split": split, **values}
-    content = sources.fingerprint(source, split)
-    key = digest(["data", {k: v for k, v in method.items() if k != "source"}, content, seed.value])
-    return Step("data", f"{role} images of {source}", method, (), seed, key)
-
-
-def recipe_of(experiment: Experiment) -> dict[str, Any]:
-    """What two encoders have in common when only their seeds differ."""
-    up = experiment.upstream
-    objective = method_name(up.objective, OBJECTIVES)
-    steps = up.objective.steps if up.objective.steps is not None else f"{up.objective.epochs} epochs"
-    parts = [canonical(up.encoder, file_content), canonical(up.objective, file_content), up.size]
-    parts.append(sources.fingerprint(up.data, "train"))
-    text = f"{objective}, {steps} steps, on {up.data}" + (f" ({up.size} images)" if up.size else "")
-    return {"id": digest(parts), "text": text.replace("epochs steps", "epochs")}
 
 
 def plan(experiment: Experiment) -> tuple[Step, ...]:
@@ -79,134 +25,252 @@ def plan(experiment: Experiment) -> tuple[Step, ...]:
     Every attacked run has its clean twin: the same encoder, pre-trained with the same seed on clean images.
 
     Raises:
-        SettingsError: two tasks of one name, or goals that contradict each other or do not suit the attack.
+        SettingsError: two tasks of one name, goals that contradict each other or do not suit the attack, or a defence
+            that needs a poisoned training set where there is none.
         UsageError: a trigger does not fit into the image.
         DataError: a named file or data set is not there.
     """
-    up, seed, size = experiment.upstream, Seed(experiment.seed), experiment.upstream.encoder.input_size
-    steps: list[Step] = []
+    made = _Plan(experiment)
+    made.pretrain()
+    made.attack()
+    for which in list(made.encoders):
+        made.scan(which)
+    if "backdoored" in made.encoders:
+        made.filter()
+        made.purify()
+    made.certify()
+    made.score()
+    made.describe()
+    return (made.check, *[s for s in made.steps if s is not made.check and s.stage != "data"])
 
-    def add(
-        stage: str, name: str, method: Any, *inputs: Step, part: str | None = None, twin: Step | None = None
-    ) -> Step:
-        made = _step(stage, name, method, inputs, seed.child(part or name), twin)
-        steps.append(made)
-        return made
 
-    def images(role: str, source: str, split: str, **values: Any) -> Step:
-        made = _data(role, source, split, seed.child("data"), size=size, **values)
-        steps.append(made)
-        return made
+class _Plan(Steps):
+    """A plan that grows.
 
-    tasks = task_names(experiment)
-    shadow_spec, defender_spec = experiment.attacker.shadow, experiment.defender
-    if shadow_spec.disjoint and (up.size is None or shadow_spec.data not in (None, up.data)):
-        what = "is meant for the pre-training source, of which pre-training takes only a part"
-        raise SettingsError(f"{experiment.name}.attacker.shadow.disjoint", what, "set `upstream.size`")
-    if len(set(tasks)) < len(tasks):
-        raise SettingsError(f"{experiment.name}.downstream", "names one task and target twice", "keep one of them")
-    aims = [] if experiment.attack is None else aims_of(experiment, tasks)
-    held_out = [d.data for d in experiment.downstream if d.data == up.data]
-    not_shadow = held_out + [d.data for d in experiment.downstream if d.data == shadow_spec.data != up.data]
-    pools = {d.data: images("pool", d.data, "train", limit=d.size) for d in experiment.downstream}
-    upstream = images("pre-training", up.data, "train", limit=up.size, without=held_out)
-    outside: dict[str, Any] = {"outside": up.size or 0} if shadow_spec.disjoint else {}
-    if shadow_spec.classes is not None:
-        outside["classes"] = list(shadow_spec.classes)
-    shadow = images(
-        "shadow", shadow_spec.data or up.data, "train", limit=shadow_spec.size,
-        without=not_shadow, within=None if shadow_spec.data or shadow_spec.disjoint else up.size,
-        of_pretraining=shadow_spec.data is None and not shadow_spec.disjoint, **outside,
-    )  # fmt: skip
-    defender = images(
-        "defender", defender_spec.data or up.data, "train", limit=defender_spec.size,
-        without=held_out, within=None if defender_spec.data else up.size, of_pretraining=defender_spec.data is None,
-    )  # fmt: skip
-    train = {d.data: images("train", d.data, "train", limit=d.size) for d in experiment.downstream}
-    test = {d.data: images("test", d.data, "test", limit=d.test_size) for d in experiment.downstream}
-    everything = [upstream, shadow, *pools.values(), *train.values(), *test.values()]
-    check = add("check", "splits overlap nothing they must not", {}, *everything)
+    Args:
+        experiment: What is planned.
 
-    training = {
-        "encoder": up.encoder,
-        "objective": up.objective,
-        "recipe": recipe_of(experiment),
-        "monitor_every": up.monitor_every,
-    }
-    clean = add("pretrain", "pretrain clean", training, upstream, part="pretrain")
-    encoders: dict[str, Step] = {"clean": clean}
-    goals: Step | None = None
-    if experiment.attack is not None:
-        method: dict[str, Any] = {"attack": experiment.attack, "goals": aims}
+    Attributes:
+        steps: So far, each after its inputs.
+        encoders: By the name they have in the record: clean, backdoored, filtered…, purified….
+        verdicts: Scans of each of them.
+        goals: The step that says what the attacker wants, where there is an attack.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        super().__init__(experiment)
+        self.encoders: dict[str, Step] = {}
+        self.verdicts: dict[str, list[Step]] = {}
+        self.goals: Step | None = None
+        self.tasks = task_names(experiment)
+        self._check_names()
+        self.aims = [] if experiment.attack is None else aims_of(experiment, self.tasks)
+        up, shadow, defender = experiment.upstream, experiment.attacker.shadow, experiment.defender
+        held_out = [d.data for d in experiment.downstream if d.data == up.data]
+        not_shadow = held_out + [d.data for d in experiment.downstream if d.data == shadow.data != up.data]
+        self.pools = {d.data: self.images("pool", d.data, "train", limit=d.size) for d in experiment.downstream}
+        self.upstream = self.images("pre-training", up.data, "train", limit=up.size, without=held_out)
+        outside: dict[str, Any] = {"outside": up.size or 0} if shadow.disjoint else {}
+        if shadow.classes is not None:
+            outside["classes"] = list(shadow.classes)
+        self.shadow = self.images(
+            "shadow", shadow.data or up.data, "train", limit=shadow.size,
+            without=not_shadow, within=None if shadow.data or shadow.disjoint else up.size,
+            of_pretraining=shadow.data is None and not shadow.disjoint, **outside,
+        )  # fmt: skip
+        self.defender = self.images(
+            "defender", defender.data or up.data, "train", limit=defender.size,
+            without=held_out, within=None if defender.data else up.size, of_pretraining=defender.data is None,
+        )  # fmt: skip
+        self.train = {d.data: self.images("train", d.data, "train", limit=d.size) for d in experiment.downstream}
+        self.test = {d.data: self.images("test", d.data, "test", limit=d.test_size) for d in experiment.downstream}
+        everything = [self.upstream, self.shadow, *self.pools.values(), *self.train.values(), *self.test.values()]
+        self.check = self.add("check", "splits overlap nothing they must not", {}, *everything)
+
+    def _check_names(self) -> None:
+        experiment, shadow = self.experiment, self.experiment.attacker.shadow
+        if shadow.disjoint and (
+            experiment.upstream.size is None or shadow.data not in (None, experiment.upstream.data)
+        ):
+            what = "is meant for the pre-training source, of which pre-training takes only a part"
+            raise SettingsError(f"{experiment.name}.attacker.shadow.disjoint", what, "set `upstream.size`")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise SettingsError(f"{experiment.name}.downstream", "names one task and target twice", "keep one of them")
+
+    def pretrain(self) -> None:
+        """The clean twin."""
+        self.encoders["clean"] = self._pretrained("clean", self.upstream)
+
+    def _pretrained(self, which: str, *data: Step, part: str = "pretrain", twin: Step | None = None) -> Step:
+        up = self.experiment.upstream
+        training = {
+            "encoder": up.encoder,
+            "objective": up.objective,
+            "recipe": recipe_of(self.experiment),
+            "monitor_every": up.monitor_every,
+        }
+        return self.add("pretrain", f"pretrain {which}", training, *data, part=part, twin=twin)
+
+    def attack(self) -> None:
+        """The attacked encoder, where there is an attack."""
+        experiment, clean = self.experiment, self.encoders["clean"]
+        if experiment.attack is None:
+            return
+        method: dict[str, Any] = {"attack": experiment.attack, "goals": self.aims}
         name = method_name(experiment.attack, ATTACKS)
         poisons = hasattr(experiment.attack, "poison")
-        rendered = up.data == "shapes"  # whose objects come with their outlines
+        rendered = experiment.upstream.data == "shapes"  # whose objects come with their outlines
         references: list[Step] = []
         by_references = not poisons and kind_of(experiment.attack) in ("references", "unseen")
         if by_references or (poisons and "objects" in experiment.attack.needs and not rendered):
-            references = [
-                _references(add, experiment, task, d, pools, train, clean)
-                for task, d in zip(tasks, experiment.downstream, strict=True)
-            ]
+            references = [self._references(t, d) for t, d in zip(self.tasks, experiment.downstream, strict=True)]
         if poisons:
             method["rendered"] = rendered and "objects" in experiment.attack.needs
             # the attacker's own encoder is the clean twin: one trained on the same images without the attack
             knows = [clean] if "surrogate" in experiment.attack.needs else []
-            goals = add("poison", f"poison {name}", method, upstream, *knows, *references)
-            encoders["backdoored"] = add(
-                "pretrain", "pretrain backdoored", training, goals, part="pretrain", twin=clean
-            )
+            self.goals = self.add("poison", f"poison {name}", method, self.upstream, *knows, *references)
+            self.encoders["backdoored"] = self._pretrained("backdoored", self.goals, twin=clean)
         else:
-            goals = add("implant", f"implant {name}", method, clean, shadow, *references)
-            encoders["backdoored"] = goals
+            self.goals = self.add("implant", f"implant {name}", method, clean, self.shadow, *references)
+            self.encoders["backdoored"] = self.goals
 
-    verdicts: dict[str, list[Step]] = {}
+    def _references(self, task: str, d: Downstream) -> Step:
+        wanted = d.references or self.experiment.attacker.references
+        clean, train = self.encoders["clean"], self.train[d.data]
+        inputs = [self.pools[d.data], *([clean, train] if wanted.choose else [])]
+        method = {"references": wanted, "target_class": d.target_class, "task": task}
+        step = self.add("references", f"references {task}", method, *inputs)
+        self.add("judge", f"judge references {task}", {"task": task}, step, clean, train)
+        return step
 
-    def scan(which: str) -> None:
-        for scanner in experiment.scan:
-            name = method_name(scanner, SCANNERS)
-            judged = {"scanner": scanner, "reference": _reference_values(experiment, scanner)}
-            inputs = (encoders[which], defender)
-            verdicts.setdefault(which, []).append(add("scan", f"scan {name}: {which}", judged, *inputs, part="scan"))
+    def scan(self, which: str) -> None:
+        """What each scanner says of an encoder."""
+        labels = [_scanner_name(one) for one in self.experiment.scan]
+        for i, scanner in enumerate(self.experiment.scan):
+            name = labels[i] if labels.count(labels[i]) == 1 else f"{labels[i]}-{labels[: i + 1].count(labels[i])}"
+            inputs = [self.encoders[which], self._labelled() if "labels" in scanner.needs else self.defender]
+            learns = hasattr(scanner, "train_reference")
+            known = None if learns else _reference_values(self.experiment, scanner)
+            inputs += [self._meta_reference(scanner, name)] if learns else []
+            judged: dict[str, Any] = {"scanner": scanner, "reference": known}
+            self.verdicts.setdefault(which, []).append(
+                self.add("scan", f"scan {name}: {which}", judged, *inputs, part="scan")
+            )
 
-    for which in list(encoders):
-        scan(which)
-    if "backdoored" in encoders:
-        for i, purifier in enumerate(experiment.purify):
-            which = "purified" if i == 0 else f"purified-{i + 1}"
-            name = method_name(purifier, PURIFIERS)
-            evidence = verdicts.get("backdoored", [])
-            encoders[which] = add("purify", f"purify {name}", purifier, encoders["backdoored"], defender, *evidence)
-            scan(which)
-    for which, encoder in encoders.items():
-        for task, d in zip(tasks, experiment.downstream, strict=True):
-            probing: dict[str, Any] = {
-                "task": task,
-                "target_class": d.target_class,
-                "probe": d.probe,
-                "head_seeds": d.head_seeds,
-            }
-            if goals is not None and kind_of(experiment.attack) == "found":
-                probing["found"] = True
-            if d.distortions:
-                probing["distortions"] = d.distortions
-            fitted_on = train[d.data]
-            if d.on_training_data:
-                fitted_on = upstream if which == "clean" or goals is None or goals.stage != "poison" else goals
-            inputs = (encoder, fitted_on, test[d.data], *([goals] if goals else []))
-            add("score", f"score {task}: {which}", probing, *inputs, part=f"score {task}")
-    first = experiment.downstream[0]
-    shown = [test[first.data], *encoders.values(), *(v for one in verdicts.values() for v in one)]
-    roles = {"encoders": list(encoders), "verdicts": [which for which, one in verdicts.items() for _ in one]}
-    extra = [goals] if goals else []
-    add("describe", "describe", {"task": tasks[0], "probe": first.probe, **roles}, train[first.data], *shown, *extra)
-    return (check, *[s for s in steps if s is not check and s.stage != "data"])
+    def _meta_reference(self, scanner: Any, name: str) -> Step:
+        """What a scanner learns before it sees the encoder. Of one that starts from a public clean encoder, that is
+        another than the clean twin: pre-trained on the same images from another seed."""
+        found = next((s for s in self.steps if s.stage == "reference" and s.method == scanner), None)
+        if found is not None:
+            return found
+        if "labels" in scanner.needs:
+            return self.add("reference", f"train {name}", scanner, self._labelled())
+        public = next((s for s in self.steps if s.name == "pretrain public"), None)
+        public = public or self._pretrained("public", self.upstream, part="pretrain public")
+        return self.add("reference", f"train {name}", scanner, self.defender, public)
+
+    def _labelled(self) -> Step:
+        """The defender's labelled images: training images of the first task."""
+        data, limit = self.experiment.downstream[0].data, self.experiment.defender.labelled
+        if limit is None:
+            return self.train[data]
+        found = next((s for s in self.steps if s.stage == "data" and s.method["role"] == "labelled"), None)
+        return found or self.images("labelled", data, "train", limit=limit)
+
+    def _poisoned(self, name: str) -> Step:
+        if self.goals is None or self.goals.stage != "poison":
+            what = f"{name} works on the poisoned training set, but the attack poisons none"
+            raise SettingsError(self.experiment.name, what, "take an attack on the data")
+        return self.goals
+
+    def filter(self) -> None:
+        """Encoders trained anew on what each filter leaves of the training set."""
+        for i, one in enumerate(self.experiment.filter):
+            which, name = _numbered("filtered", i), method_name(one, FILTERS)
+            data = self._poisoned(name)
+            kept = self.add("filter", f"filter {name}", one, data, self.encoders["backdoored"])
+            clean = self.encoders["clean"]
+            self.encoders[which] = self._pretrained(which, kept, data, twin=clean)
+            self.scan(which)
+
+    def purify(self) -> None:
+        """What each purifier makes of the attacked encoder."""
+        given = self.encoders["backdoored"]
+        for i, purifier in enumerate(self.experiment.purify):
+            which, name = _numbered("purified", i), method_name(purifier, PURIFIERS)
+            if "labels" in purifier.needs:
+                train_set = "train_set" in purifier.needs
+                images = self._poisoned(name) if train_set else self._labelled()
+                rest = [self._fitted_on(self.experiment.downstream[0], "backdoored")]  # what its head starts from
+            else:
+                images, rest = self.defender, self.verdicts.get("backdoored", [])
+            self.encoders[which] = self.add("purify", f"purify {name}", purifier, given, images, *rest)
+            self.scan(which)
+
+    def _fitted_on(self, d: Downstream, which: str) -> Step:
+        """The labelled images that the classifier on an encoder is fitted on."""
+        if not d.on_training_data:
+            return self.train[d.data]
+        poisoned = self.goals is not None and self.goals.stage == "poison" and which != "clean"
+        return self.goals if poisoned and self.goals is not None else self.upstream
+
+    def certify(self) -> None:
+        """Certified classifiers of the first task on the clean and the attacked encoder."""
+        d, task = self.experiment.downstream[0], self.tasks[0]
+        if d.target_class is None:
+            return
+        method = {"task": task, "target_class": d.target_class}
+        for certifier in self.experiment.certify:
+            name = method_name(certifier, CERTIFIERS)
+            for which in ("clean", "backdoored"):
+                if which in self.encoders:
+                    inputs = [self.encoders[which], self.train[d.data], self.test[d.data]]
+                    inputs += [self.goals] if self.goals else []
+                    certified = {"certifier": certifier, **method}
+                    self.add("certify", f"certify {name}: {which}", certified, *inputs, part=f"certify {name}")
+
+    def score(self) -> None:
+        """What classifiers on each encoder say in each task."""
+        for which, encoder in self.encoders.items():
+            for task, d in zip(self.tasks, self.experiment.downstream, strict=True):
+                probing: dict[str, Any] = {
+                    "task": task,
+                    "target_class": d.target_class,
+                    "probe": d.probe,
+                    "head_seeds": d.head_seeds,
+                }
+                if self.goals is not None and kind_of(self.experiment.attack) == "found":
+                    probing["found"] = True
+                if d.distortions:
+                    probing["distortions"] = d.distortions
+                goals = [self.goals] if self.goals else []
+                inputs = [encoder, self._fitted_on(d, which), self.test[d.data], *goals]
+                if encoder.stage == "purify":
+                    inputs += [self.encoders["backdoored"], self.encoders["clean"]]
+                self.add("score", f"score {task}: {which}", probing, *inputs, part=f"score {task}")
+                if d.retuning is not None and goals and "found" not in probing and which != "backdoored":
+                    again = {"task": task, "target_class": d.target_class, "retuning": d.retuning}
+                    inputs = [encoder, self.train[d.data], self.test[d.data], *goals]
+                    self.add("retune", f"retune {task}: {which}", again, *inputs, part=f"retune {task}")
+
+    def describe(self) -> None:
+        """Pictures and maps of the first task."""
+        first = self.experiment.downstream[0]
+        scans = [step for one in self.verdicts.values() for step in one]
+        shown = [self.train[first.data], self.test[first.data], *self.encoders.values(), *scans]
+        roles = {"encoders": list(self.encoders), "verdicts": [w for w, one in self.verdicts.items() for _ in one]}
+        extra = [self.goals] if self.goals else []
+        method = {"task": self.tasks[0], "probe": first.probe, **roles}
+        self.add("describe", "describe", method, *shown, *extra)
 
 
-def task_names(experiment: Experiment) -> list[str]:
-    """One name per downstream task: its data set's, with the target where a data set stands twice."""
-    names = [d.data for d in experiment.downstream]
-    return [d.data if names.count(d.data) == 1 else f"{d.data}-{d.target_class}" for d in experiment.downstream]
+def _scanner_name(scanner: Any) -> str:
+    variant = getattr(scanner, "variant", "stamp")
+    return method_name(scanner, SCANNERS) + ("" if variant == "stamp" else f"-{variant}")
+
+
+def _numbered(name: str, i: int) -> str:
+    return name if i == 0 else f"{name}-{i + 1}"
 
 
 def _reference_values(experiment: Experiment, scanner: Any) -> dict[str, Any] | None:
@@ -214,20 +278,3 @@ def _reference_values(experiment: Experiment, scanner: Any) -> dict[str, Any] | 
     architecture = method_name(experiment.upstream.encoder, ENCODERS)
     found = shipped_reference(scanner.name, architecture, recipe_of(experiment)["id"])
     return None if found is None else {"scanner": found.scanner, "recipe": found.recipe, "scores": list(found.scores)}
-
-
-def _references(
-    add: Any,
-    experiment: Experiment,
-    task: str,
-    d: Downstream,
-    pools: Mapping[str, Step],
-    train: Mapping[str, Step],
-    clean: Step,
-) -> Step:
-    wanted = d.references or experiment.attacker.references
-    inputs = [pools[d.data], *([clean, train[d.data]] if wanted.choose else [])]
-    method = {"references": wanted, "target_class": d.target_class, "task": task}
-    step: Step = add("references", f"references {task}", method, *inputs)
-    add("judge", f"judge references {task}", {"task": task}, step, clean, train[d.data])
-    return step

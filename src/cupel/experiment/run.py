@@ -36,6 +36,8 @@ _NAMES = {
         "attack_success_rate": "attack_success_rate_baseline",
         "attack_success_rate_all": "attack_success_rate_baseline_all",
         "robust_accuracy": "robust_accuracy_baseline",
+        "retuned_accuracy": "retuned_accuracy_baseline",
+        "retuned_attack_success_rate": "retuned_attack_success_rate_baseline",
     },
     "backdoored": {
         "accuracy": "backdoored_accuracy",
@@ -168,6 +170,8 @@ def _collect(
     aims: dict[str, int | None] = {}  # some attacks choose their class
     several = len(experiment.downstream) > 1
     verdicts: dict[str, Any] = {}
+    scans: dict[str, dict[str, Any]] = {}
+    defences: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     references: dict[str, Any] = {}
@@ -188,8 +192,21 @@ def _collect(
             if which == "backdoored" or task not in aims:
                 aims[task] = value.values["target_class"]
         elif step.stage == "scan":
-            which = step.name.rpartition(": ")[2]
+            head, _, which = step.name.rpartition(": ")
             verdicts[which] = _worse(verdicts.get(which), value.values["verdict"])
+            cost = {"peak_memory_mib": value.values.get("peak_memory_mib")}
+            scans.setdefault(which, {})[head.removeprefix("scan ")] = {**value.values["verdict"], **cost}
+        elif step.stage in ("certify", "retune"):
+            head, _, which = step.name.rpartition(": ")
+            prefix = f"{task}/" if several and (task := step.method["task"]) else ""
+            for kind, counts in value.values["counts"].items():
+                if step.stage == "retune":
+                    metrics[prefix + _metric_name(which, f"retuned_{kind}")] = Metric.of([tuple(c) for c in counts])
+                else:
+                    name = f"{head.removeprefix('certify ')}_{which}_{kind}"
+                    metrics[prefix + name] = Metric.of([tuple(counts)])
+        elif step.stage in ("filter", "purify"):
+            defences[step.name] = {k: v for k, v in value.values.items() if k != "counts"}
         elif step.stage == "references":
             references[step.method["task"]] = dict(value.values)
         elif step.stage == "judge":
@@ -211,6 +228,10 @@ def _collect(
         for task, d in zip(task_names(experiment), experiment.downstream, strict=True)
     ]
     extra: dict[str, Any] = {"companions": companions, "references": references, "downstream": targets}
+    if len(experiment.scan) > 1:
+        extra["scans"] = scans
+    if defences:
+        extra["defences"] = defences
     if experiment.paper is not None:
         extra["paper"] = {"source": experiment.paper.source, **experiment.paper.results}
         extra["deviations"] = list(experiment.paper.deviations)

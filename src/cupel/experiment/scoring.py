@@ -15,7 +15,7 @@ from cupel.protocols import Encoder, Probe
 from cupel.seeds import Seed
 from cupel.types import Dataset
 
-__all__ = ["score"]
+__all__ = ["compared", "score", "score_own", "score_swapped"]
 
 Counts = dict[str, tuple[int, int]]
 
@@ -56,22 +56,7 @@ def score(
     frozen: Any = probe if hasattr(probe, "fit_features") else None
 
     def counts(head: nn.Module, h: dict[str, Tensor]) -> Counts:
-        with torch.no_grad():
-            made = {"accuracy": metrics.accuracy(head(h["test"]).argmax(1), test.labels)}
-            if "hit" in h:
-                said = head(h["hit"]).argmax(1)
-                made["attack_success_rate"] = metrics.attack_success_rate(said, test.labels, target)
-                made["attack_success_rate_all"] = metrics.attack_success_rate_all(said, test.labels, target)
-                made["robust_accuracy"] = metrics.robust_accuracy(said, test.labels, target)
-            for name in (one for one in h if "@" in one):
-                kind, _, distortion = name.partition("@")
-                said = head(h[name]).argmax(1)
-                if kind == "test":
-                    made[f"accuracy@{distortion}"] = metrics.accuracy(said, test.labels)
-                else:
-                    count = metrics.attack_success_rate(said, test.labels, target)
-                    made[f"attack_success_rate@{distortion}"] = count
-        return made
+        return _counts(head, h, test, target)
 
     h = {name: features(encoder, data) for name, data in sets.items()}
     h_train = features(encoder, train) if frozen else None
@@ -101,3 +86,72 @@ def score(
         companions["triggered_to_clean_cosine"] = float(metrics.mean_cosine(h["hit"], h["test"]))
         companions["triggered_concentration"] = float(metrics.concentration(h["hit"]))
     return {"counts": by_seed, "tails": tails, "companions": companions}
+
+
+@torch.no_grad()
+def _counts(head: nn.Module, h: Mapping[str, Tensor], test: Dataset, target: int) -> Counts:
+    """What a head says of embeddings of the test images (`test`), of triggered ones (`hit`), and of each distorted."""
+    made = {"accuracy": metrics.accuracy(head(h["test"]).argmax(1), test.labels)}
+    if "hit" in h:
+        said = head(h["hit"]).argmax(1)
+        made["attack_success_rate"] = metrics.attack_success_rate(said, test.labels, target)
+        made["attack_success_rate_all"] = metrics.attack_success_rate_all(said, test.labels, target)
+        made["robust_accuracy"] = metrics.robust_accuracy(said, test.labels, target)
+    for name in (one for one in h if "@" in one):
+        kind, _, distortion = name.partition("@")
+        said = head(h[name]).argmax(1)
+        if kind == "test":
+            made[f"accuracy@{distortion}"] = metrics.accuracy(said, test.labels)
+        else:
+            made[f"attack_success_rate@{distortion}"] = metrics.attack_success_rate(said, test.labels, target)
+    return made
+
+
+def score_swapped(
+    encoder: Encoder, given: Encoder, train: Dataset, test: Dataset, hit: Dataset | None, target: int, probe: Probe,
+    head_seeds: int, seed: Seed,
+) -> dict[str, list[tuple[int, int]]]:  # fmt: skip
+    """Heads that were fitted on the encoder as given, put on the purified one: counts as `metric@old_head`.
+
+    This tells how far embeddings moved. Empty where the probe trains an encoder of its own.
+
+    Args:
+        encoder: Purified.
+        given: Before that.
+        train, test, hit, target, probe, head_seeds, seed: As for `score`.
+    """
+    frozen: Any = probe if hasattr(probe, "fit_features") else None
+    if frozen is None:
+        return {}
+    h_train = features(given, train)
+    h = _embedded(encoder, test, hit)
+    by_seed: dict[str, list[tuple[int, int]]] = {}
+    for i in range(head_seeds):
+        head = frozen.fit_features(h_train, train.labels, train.num_classes, seed.child("head", i))
+        for name, count in _counts(head, h, test, target).items():
+            by_seed.setdefault(f"{name}@old_head", []).append(count)
+    return by_seed
+
+
+def score_own(
+    encoder: Encoder, head: nn.Module, test: Dataset, hit: Dataset | None, target: int
+) -> dict[str, list[tuple[int, int]]]:
+    """Counts of the head that was tuned along with the encoder, as `metric@own_head`."""
+    found = _counts(head, _embedded(encoder, test, hit), test, target)
+    return {f"{name}@own_head": [count] for name, count in found.items()}
+
+
+def compared(encoder: Encoder, given: Encoder, twin: Encoder, test: Dataset, hit: Dataset | None) -> dict[str, float]:
+    """Mean cosines of a purified encoder's embeddings to those of the encoder as given and of the clean twin."""
+    sets = {"clean": test} if hit is None else {"clean": test, "triggered": hit}
+    found = {}
+    for name, data in sets.items():
+        h = features(encoder, data)
+        found[f"{name}_to_given_cosine"] = float(metrics.mean_cosine(h, features(given, data)))
+        found[f"{name}_to_twin_cosine"] = float(metrics.mean_cosine(h, features(twin, data)))
+    return found
+
+
+def _embedded(encoder: Encoder, test: Dataset, hit: Dataset | None) -> dict[str, Tensor]:
+    h = {"test": features(encoder, test)}
+    return h if hit is None else {**h, "hit": features(encoder, hit)}

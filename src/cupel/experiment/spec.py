@@ -11,15 +11,17 @@ from pydantic import Field
 from torch import Tensor
 
 from cupel.attack import ATTACKS
+from cupel.certify import CERTIFIERS
 from cupel.distort import DISTORTIONS, Distortion
 from cupel.encoders import ENCODERS, Architecture, Fast
 from cupel.errors import SettingsError, did_you_mean
 from cupel.experiment.reading import yaml_value
 from cupel.pretrain import OBJECTIVES, SimCLR
 from cupel.probe import PROBES, Linear
-from cupel.protocols import DataAttack, EncoderAttack, Objective, Probe, Purifier, Scanner, Trigger
+from cupel.protocols import Certifier, DataAttack, EncoderAttack, Filter, Objective, Probe, Purifier, Scanner, Trigger
 from cupel.purify import PURIFIERS
-from cupel.scan import SCANNERS
+from cupel.retuning import Retuning
+from cupel.scan import FILTERS, SCANNERS
 from cupel.settings import DataFile, OneOf, PositiveInt, parse, settings
 from cupel.triggers import TRIGGERS
 
@@ -114,6 +116,8 @@ class Downstream:
             makes encoder and head.
         distortions: Each gives accuracy and attack success once more, with its name at the end of the metrics'
             (`attack_success_rate_jpeg_50`); heads are fitted once, on undistorted images.
+        retuning: How little it takes to wake the backdoor again, in purified encoders and, for comparison, in the clean
+            twin; None = not measured.
     """
 
     data: str
@@ -126,19 +130,23 @@ class Downstream:
     references: References | None = None
     on_training_data: bool = False
     distortions: tuple[Annotated[Distortion, OneOf(DISTORTIONS)], ...] = ()
+    retuning: Retuning | None = None
 
 
 @settings
 class Defender:
-    """What the defender holds: unlabelled images, no trigger, no target.
+    """What the defender holds: unlabelled images, no trigger, no target. Defences that need labels get images of the
+    first task's train split instead.
 
     Args:
         data: Source; None = images drawn from the pre-training set.
         size: How many.
+        labelled: How many labelled ones; None = the whole train split.
     """
 
     data: str | None = None
     size: PositiveInt = 1000
+    labelled: PositiveInt | None = None
 
 
 @settings
@@ -158,7 +166,13 @@ class Paper:
 
 @settings
 class Experiment:
-    """One row of a results table: an attacked encoder, its clean twin, and what scans and purifiers make of them."""
+    """One row of a results table: an attacked encoder, its clean twin, and what defences make of them.
+
+    Args:
+        filter: Clean a poisoned training set; encoders are trained anew on what is left.
+        scan, purify: Of encoders. Purifiers are handed what the scans of the attacked encoder inverted.
+        certify: Classifiers of the first task whose answer no patch of some size can change.
+    """
 
     name: str
     upstream: Upstream
@@ -168,7 +182,9 @@ class Experiment:
     attack: Annotated[DataAttack | EncoderAttack, OneOf(ATTACKS)] | None = None
     defender: Defender = Defender()
     scan: tuple[Annotated[Scanner, OneOf(SCANNERS)], ...] = ()
+    filter: tuple[Annotated[Filter, OneOf(FILTERS)], ...] = ()
     purify: tuple[Annotated[Purifier, OneOf(PURIFIERS)], ...] = ()
+    certify: tuple[Annotated[Certifier, OneOf(CERTIFIERS)], ...] = ()
     paper: Paper | None = None
 
 

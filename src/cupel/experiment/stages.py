@@ -12,11 +12,12 @@ from cupel import metrics
 from cupel.attack import ATTACKS
 from cupel.encoders import ImageEncoder
 from cupel.experiment.attacking import goals_of, implant, judge, poison, references
+from cupel.experiment.defending import certify, filtered, own_head, purify, reference, retune, scan
 from cupel.experiment.describe import describe
 from cupel.experiment.images import check_splits, images_of
 from cupel.experiment.landing import score_found
 from cupel.experiment.plan import Step
-from cupel.experiment.scoring import score
+from cupel.experiment.scoring import compared, score, score_own, score_swapped
 from cupel.experiment.store import Artefact
 from cupel.experiment.values import Context, Value, curves
 from cupel.feature_store import weights_sha256
@@ -27,8 +28,7 @@ from cupel.probe import Knn, check_target
 from cupel.seeds import Seed
 from cupel.selection import majority
 from cupel.settings import method_name
-from cupel.types import Dataset, Evidence, Poisoned, Reference
-from cupel.vet import scan_evidence
+from cupel.types import Dataset, Poisoned
 
 __all__ = ["STAGES"]
 
@@ -43,8 +43,12 @@ def _check(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
 
 def _pretrain(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
     m = step.method
-    poisoned = inputs[0] if isinstance(inputs[0], Poisoned) else None
-    data = poisoned.data if poisoned else inputs[0]
+    source, kept = inputs[-1], None
+    poisoned = source if isinstance(source, Poisoned) else None
+    data = poisoned.data if poisoned else source
+    if len(inputs) > 1:  # what a filter left
+        kept = torch.from_numpy(np.array(inputs[0].arrays["kept"]))
+        data = data.subset(kept.nonzero().flatten(), f"{data.name}, filtered")
     encoder, history = pretrain_encoder(
         m["objective"],
         m["encoder"],
@@ -57,9 +61,11 @@ def _pretrain(step: Step, inputs: Sequence[Value], context: Context) -> Artefact
     )
     manifest = None
     if poisoned is not None:
-        attack, goals = step.inputs[0].method["attack"], poisoned.goals
-        more: dict[str, Any] = {"num_poisoned": len(poisoned.rows), "data_sha256": data.sha256}
-        if len(marked := data.labels_[poisoned.rows[data.labels_[poisoned.rows] >= 0]]):
+        attack, goals = step.inputs[-1].method["attack"], poisoned.goals
+        rows = poisoned.rows if kept is None else poisoned.rows[kept[poisoned.rows]]
+        more: dict[str, Any] = {"num_poisoned": len(rows), "data_sha256": data.sha256}
+        labels = poisoned.data.labels_[rows]
+        if len(marked := labels[labels >= 0]):
             more["class_consistency"] = majority(marked, torch.arange(len(marked)))[1]
         if context.twin is not None:
             more["clean_encoder"] = weights_sha256(context.twin)
@@ -86,35 +92,10 @@ def _knn_monitor(data: Dataset, seed: Seed) -> Callable[[ImageEncoder], Mapping[
     return accuracy
 
 
-def _scan(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
-    encoder, images = inputs[0].encoder, inputs[1]
-    scanner, known = step.method["scanner"], step.method["reference"]
-    reference = Reference(known["scanner"], known["recipe"], tuple(known["scores"])) if known else None
-    data = images if "labels" in scanner.needs else images.without_labels(type(scanner).__name__)
-    verdict = scanner.scan(encoder, data, step.seed, reference)
-    arrays: dict[str, np.ndarray[Any, Any]] = {}
-    for i, one in enumerate(verdict.evidence):
-        arrays |= {f"inverted/{i}/mask": one.mask, f"inverted/{i}/pattern": one.pattern}
-    return Artefact({"verdict": verdict.to_json()}, arrays)
-
-
-def _purify(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
-    encoder, images = inputs[0].encoder, inputs[1]
-    purifier = step.method
-    evidence: list[Evidence] = [e for one in inputs[2:] for e in scan_evidence(one.values["verdict"], one.arrays)]
-    data = images if "labels" in purifier.needs else images.without_labels(type(purifier).__name__)
-    made, history = purifier.purify_with_history(encoder, data, step.seed, evidence, checkpoint=context.checkpoint)
-    # the manifest stays: this encoder was backdoored once, and nothing proves that it no longer is
-    source = {**made.card.source, "purified_with": getattr(purifier, "title", type(purifier).__name__)}
-    return Artefact(
-        {"evidence": len(evidence)}, curves("purify", history), made.copy(source=source, manifest=encoder.card.manifest)
-    )
-
-
 def _score(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
     encoder, test = inputs[0].encoder, inputs[2]
     train = inputs[1].data if isinstance(inputs[1], Poisoned) else inputs[1]
-    m, goals = step.method, goals_of(inputs[3]) if len(inputs) > 3 else ()
+    m, goals, before = step.method, goals_of(inputs[3]) if len(inputs) > 3 else (), [one.encoder for one in inputs[4:]]
     if "found" in m:
         more = m.get("distortions", ())
         return Artefact(score_found(encoder, train, test, goals, m["probe"], m["head_seeds"], step.seed, more))
@@ -131,6 +112,13 @@ def _score(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
         clean = None if before is None else triggered(test, before, stamp)
         others[one.title] = (clean, None if trigger is None else triggered(test, after, stamp))
     found = score(encoder, train, test, hit, target, m["probe"], m["head_seeds"], step.seed, distorted=others)
+    if before:
+        given, twin = before
+        swapped = score_swapped(encoder, given, train, test, hit, target, m["probe"], m["head_seeds"], step.seed)
+        found["counts"] |= swapped | (
+            {} if (own := own_head(inputs[0])) is None else score_own(encoder, own, test, hit, target)
+        )
+        found["companions"] |= compared(encoder, given, twin, test, hit)
     return Artefact({**found, "target_class": target})
 
 
@@ -157,8 +145,12 @@ STAGES: Mapping[str, Callable[[Step, Sequence[Value], Context], Value]] = {
     "poison": poison,
     "judge": judge,
     "implant": implant,
-    "scan": _scan,
-    "purify": _purify,
+    "reference": reference,
+    "scan": scan,
+    "filter": filtered,
+    "purify": purify,
+    "certify": certify,
+    "retune": retune,
     "score": _score,
     "describe": _describe,
 }

@@ -1,6 +1,14 @@
 """What encoder attacks share: the step with a frozen teacher, checks of their goals, and the manifest."""
 
-from cupel.implanting.manifest import file_content, goal_json, implanted, manifest_of, shortened, trigger_sha256
+from cupel.implanting.manifest import (
+    file_content,
+    goal_json,
+    implanted,
+    inherited,
+    manifest_of,
+    shortened,
+    trigger_sha256,
+)
 from cupel.implanting.step import Aim, ImplantLearner, Seen, Targets, aims_of, check_goals, freeze_norms
 
 __all__ = [
@@ -14,6 +22,7 @@ __all__ = [
     "freeze_norms",
     "goal_json",
     "implanted",
+    "inherited",
     "manifest_of",
     "shortened",
     "trigger_sha256",

@@ -20,7 +20,7 @@ from cupel.settings import canonical, method_name
 from cupel.triggers import TRIGGERS
 from cupel.types import Goal, Implanted, Knowledge
 
-__all__ = ["file_content", "goal_json", "implanted", "manifest_of", "shortened", "trigger_sha256"]
+__all__ = ["file_content", "goal_json", "implanted", "inherited", "manifest_of", "shortened", "trigger_sha256"]
 
 _LONG = 200  # characters of a text in a manifest
 
@@ -84,6 +84,24 @@ def manifest_of(attack: Any, name: str, goals: Sequence[Goal], seed: Seed, more:
         "seed": seed.value,
         **more,
     }
+
+
+def inherited(own: Mapping[str, Any] | None, images: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The manifest of an encoder that is trained further: its own, and under `trained_on` that of poisoned images.
+
+    Args:
+        own: Of the encoder before; None = nobody is known to have attacked it.
+        images: Of what it is trained on; None = nobody is known to have poisoned them.
+
+    Example:
+        >>> inherited({"attack": "badencoder"}, {"attack": "badnets"})
+        {'attack': 'badencoder', 'trained_on': {'attack': 'badnets'}}
+        >>> inherited(None, {"attack": "badnets"}), inherited(None, None)
+        ({'attack': 'badnets'}, None)
+    """
+    if own is None or images is None or images in (own, own.get("trained_on")):
+        return images if own is None else own
+    return {**own, "trained_on": dict(images)}
 
 
 def implanted(

@@ -65,16 +65,17 @@ def aims_of(
 
     Raises:
         DataError: no goal, or one without references.
+        UsageError: one trigger shall lead to two classes of one task.
     """
     if not attacker.goals:
         raise DataError(name, "needs a shadow set and at least one goal", "give `attacker.shadow`")
+    goals = [dataclasses.replace(goal, trigger=goal.trigger or trigger) for goal in attacker.goals]
+    check_goals(goals, name)
     aims = []
-    check_goals(attacker.goals, name)
-    for goal in attacker.goals:
+    for goal in goals:
         if goal.references is None or not len(goal.references):
             raise DataError(name, f"the goal in '{goal.task}' has no reference input", "give `references`")
-        stamped = dataclasses.replace(goal, trigger=goal.trigger or trigger)
-        aims.append(Aim(stamped, goal.references.to(device).float() / 255, embed(goal.references)))
+        aims.append(Aim(goal, goal.references.to(device).float() / 255, embed(goal.references)))
     return tuple(aims)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from cupel.augment import SimCLRAugment
 from cupel.encoders import ENCODERS, Architecture, ImageEncoder
 from cupel.errors import DataError, UsageError
+from cupel.implanting import inherited
 from cupel.inference import FrozenProbe, device_of, evaluating
 from cupel.optimizers import Recipe
 from cupel.protocols import Batch, Classifier
@@ -95,8 +97,8 @@ class Distil(Recipe):
     ) -> FrozenProbe:
         """A classifier with an encoder of its own; the teacher stays as it is.
 
-        A manifest of a backdoor, the teacher's or that of `start`, goes over to the student: nothing proves that the
-        backdoor did not.
+        A manifest of a backdoor, the teacher's or that of `start`, goes over to the student, as does that of poisoned
+        images: nothing proves that the backdoor did not.
 
         Args:
             teacher: Any classifier of the images; used in eval mode.
@@ -114,6 +116,7 @@ class Distil(Recipe):
         """
         device = device_of(teacher.encoder.module)
         own = self._student(teacher, start, seed.child("init"))
+        own = ImageEncoder(own.module, replace(own.card, manifest=inherited(own.card.manifest, data.manifest)))
         side = own.input_size
         if tuple(data.inputs.shape[-2:]) != (side, side):
             got = "×".join(str(one) for one in data.inputs.shape[-2:])

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -20,12 +18,13 @@ from cupel.inference import features
 from cupel.losses.pulling import EmbeddingScale, cosine_pull, nmse_pull, spread
 from cupel.optimizers import NonNegative
 from cupel.protocols import Batch, Encoder
+from cupel.purify.base import BatchSize, Job, OptimizerName
 from cupel.purify.batch_norm import BatchNorm, set_batch_norm
 from cupel.purify.unlabelled import UnlabelledPurifier, fresh_copy, shown
 from cupel.seeds import Seed
 from cupel.settings import Fraction, Positive, PositiveInt, settings
 from cupel.train import History
-from cupel.types import Dataset, Evidence
+from cupel.types import Dataset
 
 __all__ = ["BCU", "part_rates", "redrawn", "relational_loss", "softened_loss", "temperature_at"]
 
@@ -64,8 +63,8 @@ class BCU(UnlabelledPurifier):
     batch_norm: BatchNorm = "train"
 
     epochs: PositiveInt = 100
-    batch_size: Annotated[int, Field(ge=2)] = 256
-    optimizer: Literal["adam", "adamw", "sgd", "lars", "lars_clip"] = "sgd"
+    batch_size: BatchSize = 256
+    optimizer: OptimizerName = "sgd"
     lr: Positive = 0.01
     weight_decay: NonNegative = 5e-4
 
@@ -81,19 +80,11 @@ class BCU(UnlabelledPurifier):
         if not self.rates:
             raise SettingsError("BCU.rates", "is empty", "give one rate at least")
 
-    def tune(
-        self,
-        encoder: Encoder,
-        given: Encoder,
-        clean: Dataset,
-        seed: Seed,
-        evidence: Sequence[Evidence],
-        checkpoint: Path | None,
-    ) -> tuple[Encoder, History]:
+    def tune(self, job: Job, given: Encoder) -> tuple[Encoder, History]:
         """Draw entries anew, then distil."""
-        redraw(encoder, [min(1.0, self.scale * rate) for rate in self.rates], seed.child("redraw"))
-        learner = BCULearner(self, encoder, features(given, clean, dtype=torch.float32), clean)
-        return encoder, self.trained(learner, clean, seed, checkpoint)
+        redraw(job.encoder, [min(1.0, self.scale * rate) for rate in self.rates], job.seed.child("redraw"))
+        learner = BCULearner(self, job.encoder, features(given, job.clean, dtype=torch.float32), job.clean)
+        return job.encoder, self.trained(learner, job.clean, job.seed, job.checkpoint)
 
 
 class BCULearner:

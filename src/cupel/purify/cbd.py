@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from cupel.augment import SimCLRAugment
-from cupel.encoders import ImageEncoder
-from cupel.errors import DataError, SettingsError, UsageError, did_you_mean
+from cupel.errors import DataError, SettingsError
 from cupel.folding import inference_copy
 from cupel.inference import device_of, features
 from cupel.losses.pulling import PullName
-from cupel.optimizers import NonNegative, Recipe
+from cupel.optimizers import NonNegative
 from cupel.protocols import Encoder
+from cupel.purify.base import BatchSize, Job, OptimizerName, TrainedPurifier, copied
 from cupel.purify.cbd_learner import CBDLearner
-from cupel.seeds import Seed
+from cupel.purify.evidence import usable_evidence
 from cupel.settings import Fraction, Positive, PositiveInt, settings
 from cupel.train import History, fit
-from cupel.types import Dataset, Evidence, Need
 
 __all__ = ["CBD"]
 
@@ -32,7 +29,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 @settings
-class CBD(Recipe):
+class CBD(TrainedPurifier):
     """Adversarial fine-tuning without labels: L = λ_pull · pull(f(x̃), t(x)) + λ_anchor · pull(f(x), t(x)).
 
     x̃ are stand-ins for triggered images, t(x) the clean target embedding of image x. A backdoor is a shortcut: from
@@ -69,7 +66,8 @@ class CBD(Recipe):
         augment: How views are made. Without crops by default: a zoomed stroke can look like a patch trigger, and the
             anchor then defends the backdoor.
         lambda_pull, lambda_anchor: λ ≥ 0.
-        bn: BatchNorm runs on its stored statistics, which never move; `frozen` = its affine part is fixed too.
+        batch_norm: BatchNorm runs on its stored statistics, which never move: half of a batch are stand-ins. `frozen` =
+            its affine part is fixed too.
 
     Raises:
         SettingsError: a range is upside down, shares do not add up to 1, or `augment` changes the size of images.
@@ -102,16 +100,24 @@ class CBD(Recipe):
     augment: SimCLRAugment = SimCLRAugment(crop=False)
     lambda_pull: NonNegative = 1.0
     lambda_anchor: NonNegative = 1.0
-    bn: Literal["frozen", "eval_affine"] = "frozen"
+    batch_norm: Literal["frozen", "eval_affine"] = "frozen"
 
     steps: Count | None = 600
-    batch_size: Annotated[int, Field(ge=2)] = 64
-    optimizer: Literal["adam", "adamw", "sgd", "lars"] = "sgd"
+    batch_size: BatchSize = 64
+    optimizer: OptimizerName = "sgd"
     lr: Positive = 0.05
 
     title: ClassVar[str] = "CBD (re-implementation)"
-    needs: ClassVar[frozenset[Need]] = frozenset()
     revision: ClassVar[int] = 2
+    budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "smoke": {"steps": 250, "batch_size": 48},
+        "standard": {},
+        "paper": {  # L∞ adversaries alone
+            "mode": "pgd-linf", "epsilon": 8 / 255, "alpha": 2 / 255, "pgd_steps": 10, "keys": "current",
+            "pull": "cosine+nmse", "augmented_anchor": False, "batch_norm": "eval_affine", "steps": None, "epochs": 20,
+            "batch_size": 128, "lr": 0.01, "weight_decay": 5e-4,
+        },
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("window", "boost"):
@@ -123,69 +129,12 @@ class CBD(Recipe):
         if self.augment.render_size is not None:
             raise SettingsError("CBD.augment.render_size", "views must have the size of the images", "leave it out")
 
-    @classmethod
-    def preset(cls, budget: str) -> CBD:
-        """Settings of a budget: `smoke` (seconds on a small encoder), `standard`, `paper` (L∞ adversaries alone).
+    def work(self, job: Job) -> tuple[Encoder, History]:
+        """Train under L; the history has per step `loss`, `pull`, `anchor` and `feature_std` (spread of the clean
+        embeddings, see `cupel.losses.pulling.spread`).
 
-        Raises:
-            UsageError: no such budget.
-
-        Example:
-            >>> CBD.preset("paper").mode
-            'pgd-linf'
-        """
-        if budget == "smoke":
-            return cls(steps=250, batch_size=48)
-        if budget == "standard":
-            return cls()
-        if budget == "paper":
-            return cls(
-                mode="pgd-linf",
-                epsilon=8 / 255,
-                alpha=2 / 255,
-                pgd_steps=10,
-                keys="current",
-                pull="cosine+nmse",
-                augmented_anchor=False,
-                bn="eval_affine",
-                steps=None,
-                epochs=20,
-                batch_size=128,
-                lr=0.01,
-                weight_decay=5e-4,
-            )
-        raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, ("smoke", "standard", "paper")))
-
-    def purify(self, model: Encoder, clean: Dataset, seed: Seed, evidence: Sequence[Evidence] = ()) -> Encoder:
-        """A purified copy of `model`; see `purify_with_history`."""
-        return self.purify_with_history(model, clean, seed, evidence)[0]
-
-    def purify_with_history(
-        self,
-        model: Encoder,
-        clean: Dataset,
-        seed: Seed,
-        evidence: Sequence[Evidence] = (),
-        *,
-        device: torch.device | str | None = None,
-        checkpoint: Path | None = None,
-    ) -> tuple[Encoder, History]:
-        """A purified copy of `model`, and what the losses did.
-
-        A clean re-scan alone proves nothing: measure with the true trigger where it is known.
-
-        Args:
-            model: Left as it is, weights, modes and flags.
-            clean: Images of its input size, presumably without trigger. Labels are not read.
-            seed: Order, starts, draws.
-            evidence: Triggers that a scanner inverted. Those that did not converge are left out: their masks cover most
-                of the image, and what hides the image cannot be pulled back to it.
-            device: Where to work, and where the copy stays; None = where `model` is.
-            checkpoint: File that keeps the state for a resume.
-
-        Returns:
-            The copy in eval mode, and per step `loss`, `pull`, `anchor` and `feature_std` (spread of the clean
-            embeddings, see `cupel.losses.pulling.spread`).
+        Triggers that did not converge are left out: their masks cover most of the image, and what hides the image
+        cannot be pulled back to it.
 
         Raises:
             CupelError: the embeddings collapse (`feature_std` below a twentieth of the frozen encoder's on the same
@@ -193,33 +142,17 @@ class CBD(Recipe):
             DataError: images or evidence of another size, fewer images than a batch, or mode `inverted` without a
                 converged trigger.
         """
-        encoder = _copied(model)
-        encoder.module.eval().requires_grad_(True)
-        where = device_of(encoder.module) if device is None else torch.device(device)
-        encoder.module.to(where)
-        usable = [one for one in evidence if one.converged]
-        if usable and self.evidence_ratio is not None:
-            limit = self.evidence_ratio * min(one.size for one in usable)
-            usable = [one for one in usable if one.size <= limit]
-        for one in usable:
-            if one.mask.shape != (model.input_size, model.input_size):
-                what = f"a trigger of {'×'.join(map(str, one.mask.shape))}, the encoder takes {model.input_size}"
-                raise DataError(f"evidence {one.source}", what, "scan the same encoder that is purified")
-        if self.mode == "inverted" and not usable:
+        encoder, clean = job.encoder, job.clean
+        usable = usable_evidence(job.evidence, encoder.input_size, self.evidence_ratio)
+        if self.mode == "inverted" and usable is None:
             raise DataError("cbd", "mode 'inverted' got no converged trigger", "scan first, or use another mode")
-        if self.total_steps(len(clean), clean.name) == 0:
-            return encoder, {}
-        frozen = _copied(encoder)
+        frozen = copied(encoder)
         frozen.module.requires_grad_(False)
         exact = self.precision == "fp32"
         targets = features(frozen, clean, dtype=torch.float32 if exact else None)
         quick = inference_copy(frozen, torch.float32 if exact else torch.bfloat16)
-        learner = CBDLearner(self, encoder, quick, targets, usable, seed)
-        history = fit(learner, clean, self, seed, label="purify cbd", device=where, checkpoint=checkpoint)
+        learner = CBDLearner(self, encoder, quick, targets, usable, job.seed)
+        where = device_of(encoder.module)
+        history = fit(learner, clean, self, job.seed, label="purify cbd", device=where, checkpoint=job.checkpoint)
         learner.check_spread()
-        encoder.module.eval().requires_grad_(True)
         return encoder, history
-
-
-def _copied(model: Encoder) -> Encoder:
-    return model.copy() if isinstance(model, ImageEncoder) else copy.deepcopy(model)

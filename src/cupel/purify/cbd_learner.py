@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +13,8 @@ from cupel.folding import folded
 from cupel.losses.pulling import EmbeddingScale, cosine_pull, info_nce, pull_distance, spread
 from cupel.protocols import Batch, Encoder
 from cupel.purify.adversaries import applied, ascend, boosted, joined, linf_search, patch_search, shared_search
+from cupel.purify.batch_norm import set_batch_norm
 from cupel.seeds import Seed
-from cupel.types import Evidence
 
 if TYPE_CHECKING:
     from cupel.purify.cbd import CBD
@@ -34,30 +34,32 @@ class CBDLearner:
         encoder: The copy that is trained.
         frozen: The encoder as given, or a folded copy of it; its weights need no gradient.
         clean: Its embeddings of the whole data set, float32 `[n, width]`, by row.
-        evidence: Converged triggers; may be empty.
+        triggers: Masks `[triggers, height, width]` and patterns `[triggers, 3, height, width]`; None = there are none.
         seed: Start of the universal perturbation.
     """
 
     def __init__(
-        self, settings: CBD, encoder: Encoder, frozen: Encoder, clean: Tensor, evidence: Sequence[Evidence], seed: Seed
+        self,
+        settings: CBD,
+        encoder: Encoder,
+        frozen: Encoder,
+        clean: Tensor,
+        triggers: tuple[Tensor, Tensor] | None,
+        seed: Seed,
     ) -> None:
         self.settings, self.encoder, self.frozen, self.clean = settings, encoder, frozen, clean
         self.scale = EmbeddingScale.of(clean)
         self.network = folded(encoder)
         device, side = clean.device, encoder.input_size
-        self.masks = torch.stack([torch.as_tensor(e.mask) for e in evidence]).to(device) if evidence else None
-        self.patterns = torch.stack([torch.as_tensor(e.pattern) for e in evidence]).to(device) if evidence else None
-        if settings.bn == "frozen":
-            for part in encoder.module.modules():
-                if isinstance(part, nn.modules.batchnorm._BatchNorm):
-                    part.requires_grad_(False)
+        self.triggers = None if triggers is None else (triggers[0].to(device), triggers[1].to(device))
+        set_batch_norm(encoder.module, settings.batch_norm)
         u = torch.rand(3, side, side, generator=seed.child("universal").torch())
         self.universal = _Universal(((2 * u - 1) * settings.epsilon).to(device))
         self.state: nn.Module = nn.ModuleDict({"encoder": encoder.module, "universal": self.universal})
         self._relative_spread, self._done = torch.ones((), device=device), 0
 
     def parameters(self) -> list[nn.Parameter]:
-        """The weights of the encoder, without BatchNorm's where `bn` is `frozen`."""
+        """The weights of the encoder, without BatchNorm's where `batch_norm` is `frozen`."""
         return [p for p in self.encoder.module.parameters() if p.requires_grad]
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -108,10 +110,8 @@ class CBDLearner:
         share = self._shares(len(x))
         at = share["inverted"]
         done, rest = x[:at], x[at:]
-        if self.masks is not None and self.patterns is not None and at:
-            masks, patterns = boosted(
-                self.masks, self.patterns, at, generator, boost=s.boost, shift=s.shift, dilation=s.dilation
-            )
+        if self.triggers is not None and at:
+            masks, patterns = boosted(*self.triggers, at, generator, boost=s.boost, shift=s.shift, dilation=s.dilation)
             done = torch.lerp(done, patterns, masks).clamp(0, 1)
         if not len(rest):
             return done
@@ -158,7 +158,7 @@ class CBDLearner:
 
     def _shares(self, n: int) -> dict[str, int]:
         """How many images of a batch get which stand-in; rounded so that they add up."""
-        s, found = self.settings, self.masks is not None
+        s, found = self.settings, self.triggers is not None
         counts = dict.fromkeys(("inverted", "universal", "patch", "pgd-linf"), 0)
         if s.mode != "mix":
             return counts | {s.mode: n}

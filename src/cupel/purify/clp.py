@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cupel.errors import DataError, UsageError, did_you_mean
+from cupel.errors import DataError
 from cupel.folding import FoldedConv, folded
 from cupel.optimizers import NonNegative
 from cupel.protocols import Encoder
-from cupel.purify.unlabelled import copied
-from cupel.seeds import Seed
+from cupel.purify.base import Job, PurifierBase
 from cupel.settings import settings
 from cupel.train import History
-from cupel.types import Dataset, Evidence, Need
 
 __all__ = ["CLP", "channel_gains", "outliers"]
 
@@ -58,7 +54,7 @@ def outliers(gains: Float[Tensor, " channel"], u: float) -> Bool[Tensor, " chann
 
 
 @settings
-class CLP:
+class CLP(PurifierBase):
     """Channel Lipschitzness based pruning: channels that can amplify far more than the others of their layer are cut.
 
     A channel is cut by setting scale and shift of its BatchNorm to 0. Of n channels at most (n − 1)/√n standard
@@ -75,48 +71,16 @@ class CLP:
     u: NonNegative = 3.0
 
     title: ClassVar[str] = "CLP"
-    needs: ClassVar[frozenset[Need]] = frozenset()
     revision: ClassVar[int] = 1
 
-    @classmethod
-    def preset(cls, budget: str) -> CLP:
-        """The published u = 3 for every budget.
-
-        Raises:
-            UsageError: no such budget.
-        """
-        if budget not in ("smoke", "standard", "paper"):
-            raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, ("smoke", "standard", "paper")))
-        return cls()
-
-    def purify(self, model: Encoder, clean: Dataset, seed: Seed, evidence: Sequence[Evidence] = ()) -> Encoder:
-        """A pruned copy of `model`; see `purify_with_history`."""
-        return self.purify_with_history(model, clean, seed, evidence)[0]
-
     @torch.no_grad()
-    def purify_with_history(
-        self,
-        model: Encoder,
-        clean: Dataset,
-        seed: Seed,
-        evidence: Sequence[Evidence] = (),
-        *,
-        device: torch.device | str | None = None,
-        checkpoint: Path | None = None,
-    ) -> tuple[Encoder, History]:
-        """A pruned copy of `model`, and the share of channels that were cut, `pruned`, by layer.
-
-        Args:
-            model: Left as it is.
-            clean, seed, evidence, checkpoint: Not used.
-            device: Where the copy stays; None = where `model` is.
+    def work(self, job: Job) -> tuple[Encoder, History]:
+        """Prune; the history has the share of channels that were cut, `pruned`, by layer.
 
         Raises:
             DataError: the encoder has no convolution with a BatchNorm behind it, or none that can be found.
         """
-        encoder = copied(model)
-        if device is not None:
-            encoder.module.to(device)
+        encoder = job.encoder
         pairs = [part for part in folded(encoder).module.modules() if isinstance(part, FoldedConv)]
         if not pairs:
             what = "no convolution with a BatchNorm right behind it was found"

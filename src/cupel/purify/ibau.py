@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cupel.inference import FrozenProbe
 from cupel.optimizers import NonNegative
 from cupel.protocols import Batch
+from cupel.purify.base import OptimizerName
 from cupel.purify.batch_norm import statistics_kept
 from cupel.purify.classifier_learner import ClassifierLearner, share_right
 from cupel.purify.labelled import LabelledPurifier
@@ -86,7 +87,7 @@ class IBAU(LabelledPurifier):
     clamp: bool = True
 
     epochs: PositiveInt = 5
-    optimizer: Literal["adam", "adamw", "sgd", "lars", "lars_clip"] = "adam"
+    optimizer: OptimizerName = "adam"
     lr: Positive = 1e-4
     weight_decay: NonNegative = 0.0
     schedule: Literal["constant", "cosine"] = "constant"

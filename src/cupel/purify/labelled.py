@@ -7,26 +7,27 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from cupel.augment import ShiftFlip
-from cupel.encoders import ImageEncoder
-from cupel.errors import DataError, UsageError, did_you_mean
+from cupel.errors import DataError
 from cupel.inference import FrozenProbe, classify, device_of, features
 from cupel.losses.logistic import logistic_regression
 from cupel.metrics import check_labels
-from cupel.optimizers import NonNegative, Recipe
-from cupel.protocols import Classifier, Encoder, Learner
+from cupel.optimizers import NonNegative
+from cupel.protocols import Classifier, Encoder
+from cupel.purify.base import Job, OptimizerName, PurifierBase, TrainedPurifier, copied, put_right
 from cupel.purify.batch_norm import BatchNorm
 from cupel.seeds import Seed
 from cupel.settings import Positive, PositiveInt, settings
-from cupel.train import History, fit
+from cupel.train import History
 from cupel.types import Dataset, Evidence, Need
 
 __all__ = [
+    "ClassifierPurifier",
     "LabelledPurifier",
     "accuracy_of",
     "linear_head",
@@ -36,8 +37,72 @@ __all__ = [
 _HEAD_STEPS = 500  # of L-BFGS, at most
 
 
+class ClassifierPurifier(PurifierBase):
+    """A purifier with labels: it works on a classifier, and on an encoder through a head of its own."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
+
+    def work(self, job: Job) -> tuple[Encoder, History]:
+        """Fit a head on the labelled images, purify both as a classifier, and give back the encoder alone.
+
+        Raises:
+            LabelsWithheld, DataError: images without labels, of another size, or none.
+            UsageError: a label outside of the classes.
+        """
+        clean = job.clean
+        check_labels(clean.labels, clean.num_classes, clean.name)
+        start = self.classifier(job.encoder, clean, job.seed)
+        made, history = self.purify_classifier(start, clean, job.seed, job.evidence, checkpoint=job.checkpoint)
+        return made.encoder, history
+
+    def purify_classifier(
+        self,
+        model: Classifier,
+        clean: Dataset,
+        seed: Seed,
+        evidence: Sequence[Evidence] = (),
+        *,
+        device: torch.device | str | None = None,
+        checkpoint: Path | None = None,
+    ) -> tuple[FrozenProbe, History]:
+        """A purified copy of an encoder with its head; see `purify_with_history`.
+
+        Raises:
+            DataError: a head that the method cannot work on.
+        """
+        classes = self.classes(model, clean)
+        made = FrozenProbe(copied(model.encoder), copy.deepcopy(model.head))
+        if self.idle:
+            return made, {}
+        check_labels(clean.labels, classes, clean.name)
+        where = device_of(model.encoder.module) if device is None else torch.device(device)
+        made.encoder.module.to(where)
+        made.head.to(where)
+        with torch.enable_grad():
+            history = self.treat(made, Job(made.encoder, clean, seed, tuple(evidence), checkpoint))
+        put_right(made.encoder.module)
+        put_right(made.head)
+        return made, history
+
+    @abc.abstractmethod
+    def classifier(self, encoder: Encoder, clean: Dataset, seed: Seed) -> Classifier:
+        """The encoder with a head that was fitted on the images."""
+
+    @abc.abstractmethod
+    def classes(self, model: Classifier, clean: Dataset) -> int:
+        """How many classes the head tells apart.
+
+        Raises:
+            DataError: a head that the method cannot work on.
+        """
+
+    @abc.abstractmethod
+    def treat(self, model: FrozenProbe, job: Job) -> History:
+        """Purify encoder and head in place; modes and flags are put right by the caller."""
+
+
 @settings
-class LabelledPurifier(Recipe, abc.ABC):
+class LabelledPurifier(TrainedPurifier, ClassifierPurifier):
     """Settings and verbs of a purifier that tunes a classifier on clean labelled images.
 
     Args:
@@ -53,111 +118,41 @@ class LabelledPurifier(Recipe, abc.ABC):
 
     epochs: PositiveInt = 100
     batch_size: PositiveInt = 256
-    optimizer: Literal["adam", "adamw", "sgd", "lars", "lars_clip"] = "sgd"
+    optimizer: OptimizerName = "sgd"
     lr: Positive = 0.01
     weight_decay: NonNegative = 5e-4
     precision: Literal["fp32", "bf16"] = "fp32"
 
-    title: ClassVar[str]
-    needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
     budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "smoke": {"steps": 100, "batch_size": 32},
         "standard": {"epochs": 20, "batch_size": 128},
         "paper": {},
     }
 
-    @classmethod
-    def preset(cls, budget: str) -> Self:
-        """Settings of a budget: `smoke` (seconds on a small encoder), `standard`, `paper` (the defaults).
+    def classifier(self, encoder: Encoder, clean: Dataset, seed: Seed) -> FrozenProbe:
+        """The encoder with the head of `linear_head`."""
+        return FrozenProbe(encoder, linear_head(encoder, clean, self.head_l2))
+
+    def classes(self, model: Classifier, clean: Dataset) -> int:
+        """Outputs of the head.
 
         Raises:
-            UsageError: no such budget.
-        """
-        if budget not in cls.budgets:
-            raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, cls.budgets))
-        return cls(**cls.budgets[budget])
-
-    def purify(self, model: Encoder, clean: Dataset, seed: Seed, evidence: Sequence[Evidence] = ()) -> Encoder:
-        """A purified copy of `model`; see `purify_with_history`."""
-        return self.purify_with_history(model, clean, seed, evidence)[0]
-
-    def purify_with_history(
-        self,
-        model: Encoder,
-        clean: Dataset,
-        seed: Seed,
-        evidence: Sequence[Evidence] = (),
-        *,
-        device: torch.device | str | None = None,
-        checkpoint: Path | None = None,
-    ) -> tuple[Encoder, History]:
-        """Fit a linear head on the labelled images, tune both as a classifier, and return the encoder alone.
-
-        Args:
-            model: Left as it is, weights, modes and flags.
-            clean: Labelled images of its input size, presumably without trigger.
-            seed: Order, augmentation, draws.
-            evidence: Not used.
-            device: Where to work, and where the copy stays; None = where `model` is.
-            checkpoint: File that keeps the state for a resume.
-
-        Returns:
-            The copy in eval mode, and what the losses did.
-
-        Raises:
-            LabelsWithheld, DataError: images without labels, of another size, or none.
-            UsageError: a label outside of the classes.
-            CupelError: the loss is not finite.
-        """
-        if self.steps == 0:
-            return _copied(model), {}
-        check_labels(clean.labels, clean.num_classes, clean.name)
-        start = FrozenProbe(model, linear_head(model, clean, self.head_l2))
-        made, history = self.purify_classifier(start, clean, seed, device=device, checkpoint=checkpoint)
-        return made.encoder, history
-
-    def purify_classifier(
-        self,
-        model: Classifier,
-        clean: Dataset,
-        seed: Seed,
-        *,
-        device: torch.device | str | None = None,
-        checkpoint: Path | None = None,
-    ) -> tuple[FrozenProbe, History]:
-        """A purified copy of an encoder with its linear head; see `purify_with_history`.
-
-        Raises:
-            DataError: the head is not one linear layer on the embedding.
+            DataError: it is not one linear layer on the embedding.
         """
         head = model.head
-        if not isinstance(head, nn.Linear) or head.in_features != model.encoder.width:
-            what = f"works on one linear layer on the embedding, the head is a {type(head).__name__}"
-            raise DataError(self.title, what, "purify the encoder instead")
-        made = FrozenProbe(_copied(model.encoder), copy.deepcopy(head))
-        if self.steps == 0:
-            return made, {}
-        check_labels(clean.labels, head.out_features, clean.name)
-        where = device_of(model.encoder.module) if device is None else torch.device(device)
-        made.encoder.module.to(where)
-        made.head.to(where)
-        recipe = dataclasses.replace(self, batch_size=min(self.batch_size, len(clean)))
-        with torch.enable_grad():
-            history = recipe.tune(made, clean, seed, checkpoint)
-        for part in (made.encoder.module, made.head):
-            part.eval().requires_grad_(True)
-            part.zero_grad(set_to_none=True)
-        return made, history
+        if isinstance(head, nn.Linear) and head.in_features == model.encoder.width:
+            return head.out_features
+        what = f"works on one linear layer on the embedding, the head is a {type(head).__name__}"
+        raise DataError(self.title, what, "purify the encoder instead")
+
+    def treat(self, model: FrozenProbe, job: Job) -> History:
+        """Tune, in batches no larger than there are images."""
+        recipe = dataclasses.replace(self, batch_size=min(self.batch_size, len(job.clean)))
+        return recipe.tune(model, job.clean, job.seed, job.checkpoint)
 
     @abc.abstractmethod
     def tune(self, model: FrozenProbe, clean: Dataset, seed: Seed, checkpoint: Path | None) -> History:
         """Purify encoder and head in place. Modes and flags are put right by the caller."""
-
-    def trained(self, learner: Learner, clean: Dataset, seed: Seed, checkpoint: Path | None = None) -> History:
-        """Run `learner` with these settings, in batches no larger than there are images."""
-        recipe = dataclasses.replace(self, batch_size=min(self.batch_size, len(clean)))
-        label, device = f"purify {self.title}", device_of(learner.state)
-        return fit(learner, clean, recipe, seed, label=label, device=device, checkpoint=checkpoint)
 
 
 def linear_head(encoder: Encoder, clean: Dataset, l2: float) -> nn.Linear:
@@ -199,9 +194,3 @@ def accuracy_of(model: Classifier, data: Dataset) -> float:
     """Share of the images that are classified rightly, in eval mode."""
     embeddings = features(model.encoder, data, dtype=torch.float32, store=False)
     return float((classify(model.head, embeddings) == data.labels).float().mean())
-
-
-def _copied(model: Encoder) -> Encoder:
-    made = model.copy() if isinstance(model, ImageEncoder) else copy.deepcopy(model)
-    made.module.eval().requires_grad_(True)
-    return made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,6 +20,7 @@ from cupel.losses.pulling import spread
 from cupel.optimizers import NonNegative
 from cupel.pretrain.heads import mlp
 from cupel.protocols import Batch, Encoder
+from cupel.purify.base import Job, OptimizerName
 from cupel.purify.batch_norm import BatchNorm, set_batch_norm
 from cupel.purify.bcu import redraw
 from cupel.purify.mine import mutual_information
@@ -28,7 +28,7 @@ from cupel.purify.unlabelled import UnlabelledPurifier, fresh_copy, shown
 from cupel.seeds import Seed
 from cupel.settings import Fraction, Positive, PositiveInt, settings
 from cupel.train import History
-from cupel.types import Dataset, Evidence
+from cupel.types import Dataset
 
 __all__ = ["MIMIC", "attention", "attention_distance", "stage_weights"]
 
@@ -81,7 +81,7 @@ class MIMIC(UnlabelledPurifier):
     batch_norm: BatchNorm = "train"
 
     epochs: PositiveInt = 300
-    optimizer: Literal["adam", "adamw", "sgd", "lars", "lars_clip"] = "adam"
+    optimizer: OptimizerName = "adam"
     lr: Positive = 1e-3
     weight_decay: NonNegative = 1e-6
 
@@ -99,26 +99,19 @@ class MIMIC(UnlabelledPurifier):
         if self.augment.render_size is not None:
             raise SettingsError("MIMIC.augment.render_size", "views must have the size of the images", "leave it out")
 
-    def tune(
-        self,
-        encoder: Encoder,
-        given: Encoder,
-        clean: Dataset,
-        seed: Seed,
-        evidence: Sequence[Evidence],
-        checkpoint: Path | None,
-    ) -> tuple[Encoder, History]:
-        """Train a student in the place of `encoder`."""
+    def tune(self, job: Job, given: Encoder) -> tuple[Encoder, History]:
+        """Train a student in the place of the encoder."""
+        clean, seed = job.clean, job.seed
         if self.start == "random":
-            student = fresh_copy(encoder, seed.child("student"))
+            student = fresh_copy(job.encoder, seed.child("student"))
         else:
-            student = encoder
+            student = job.encoder
             redraw(student, [self.rate], seed.child("student"))
         told = given if self.informed_by == "teacher" else student
         weights = stage_weights(self.information(told, clean, seed.child("information")),
                                 self.attention_base, self.attention_shared)  # fmt: skip
         learner = MIMICLearner(self, student, given, weights, seed.child("projector"))
-        return student, self.trained(learner, clean, seed, checkpoint)
+        return student, self.trained(learner, clean, seed, job.checkpoint)
 
     def information(self, encoder: Encoder, clean: Dataset, seed: Seed) -> list[float]:
         """Mutual information between the input and each stage, in nats; all 0 without `information_steps`.

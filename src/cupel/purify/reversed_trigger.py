@@ -15,6 +15,7 @@ from cupel.inference import device_of
 from cupel.inversion import frozen
 from cupel.inversion.classwise import ClassSearch, invert_classes
 from cupel.protocols import Encoder
+from cupel.purify.evidence import usable_evidence
 from cupel.seeds import Seed
 from cupel.types import Dataset, Evidence
 
@@ -61,15 +62,10 @@ def reversed_triggers(
         DataError: evidence of another size; nothing was found.
     """
     device, side = device_of(encoder.module), encoder.input_size
-    usable = sorted((one for one in evidence if one.converged), key=lambda one: one.size)[:count]
-    for one in usable:
-        if one.mask.shape != (side, side):
-            what = f"a trigger of {'×'.join(map(str, one.mask.shape))}, the encoder takes {side}"
-            raise DataError(f"evidence {one.source}", what, "scan the same encoder that is purified")
-    if usable:
-        masks = torch.stack([torch.as_tensor(one.mask) for one in usable])
-        patterns = torch.stack([torch.as_tensor(one.pattern) for one in usable])
-        return ReversedTriggers(masks[:, None].to(device), patterns.to(device))
+    usable = usable_evidence(sorted(evidence, key=lambda one: one.size), side, None)
+    if usable is not None:
+        masks, patterns = (one[:count].to(device) for one in usable)
+        return ReversedTriggers(masks[:, None], patterns)
     images = clean.inputs[torch.arange(min(len(clean), 1000))].to(device)
     with frozen(encoder.module), frozen(head):
         quick = inference_copy(encoder)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -24,12 +23,13 @@ from cupel.pretrain.heads import mlp
 from cupel.progress import say
 from cupel.protocols import Batch, Encoder
 from cupel.purify.adversaries import applied, boosted, patch_search
+from cupel.purify.base import Job, OptimizerName
 from cupel.purify.batch_norm import set_batch_norm
-from cupel.purify.unlabelled import UnlabelledPurifier, shown, usable_evidence
+from cupel.purify.evidence import usable_evidence
+from cupel.purify.unlabelled import UnlabelledPurifier, shown
 from cupel.seeds import Seed
 from cupel.settings import Fraction, Positive, PositiveInt, settings
 from cupel.train import History
-from cupel.types import Dataset, Evidence
 
 __all__ = ["SCU", "cluster_mates", "nearest_others"]
 
@@ -79,7 +79,7 @@ class SCU(UnlabelledPurifier):
     augment: SimCLRAugment = SimCLRAugment(crop=False)
 
     epochs: PositiveInt = 20
-    optimizer: Literal["adam", "adamw", "sgd", "lars", "lars_clip"] = "sgd"
+    optimizer: OptimizerName = "sgd"
     lr: Positive = 0.05
 
     title: ClassVar[str] = "SSL-Cleanse (SCU)"
@@ -102,22 +102,14 @@ class SCU(UnlabelledPurifier):
         if self.augment.render_size is not None:
             raise SettingsError("SCU.augment.render_size", "views must have the size of the images", "leave it out")
 
-    def tune(
-        self,
-        encoder: Encoder,
-        given: Encoder,
-        clean: Dataset,
-        seed: Seed,
-        evidence: Sequence[Evidence],
-        checkpoint: Path | None,
-    ) -> tuple[Encoder, History]:
+    def tune(self, job: Job, given: Encoder) -> tuple[Encoder, History]:
         """Unlearn the triggers of the evidence."""
-        triggers = usable_evidence(evidence, encoder.input_size, self.evidence_ratio)
+        triggers = usable_evidence(job.evidence, job.encoder.input_size, self.evidence_ratio)
         if triggers is None:
             say("  scu: no converged trigger was given; only random patches are unlearned")
-        embeddings = features(given, clean, dtype=torch.float32)
-        learner = SCULearner(self, encoder, given, embeddings, triggers, seed)
-        return encoder, self.trained(learner, clean, seed, checkpoint)
+        embeddings = features(given, job.clean, dtype=torch.float32)
+        learner = SCULearner(self, job.encoder, given, embeddings, triggers, job.seed)
+        return job.encoder, self.trained(learner, job.clean, job.seed, job.checkpoint)
 
 
 class SCULearner:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -16,14 +15,14 @@ from cupel.inference import device_of
 from cupel.optimizers import NonNegative, Recipe
 from cupel.pretrain.heads import mlp
 from cupel.protocols import Encoder
+from cupel.purify.base import BatchSize, Job, OptimizerName
 from cupel.purify.batch_norm import BatchNorm
 from cupel.purify.symmetry import ChannelGroups, Metric, Moments, assignment, permuted
 from cupel.purify.tsc_learner import CurveLearner, TuningLearner
 from cupel.purify.unlabelled import UnlabelledPurifier, recompute_statistics, shown
-from cupel.seeds import Seed
 from cupel.settings import Fraction, Positive, PositiveInt, settings
 from cupel.train import History
-from cupel.types import Dataset, Evidence
+from cupel.types import Dataset
 
 __all__ = ["TSC"]
 
@@ -78,8 +77,8 @@ class TSC(UnlabelledPurifier):
     batch_norm: BatchNorm = "train"
 
     epochs: PositiveInt = 200
-    batch_size: Annotated[int, Field(ge=2)] = 256
-    optimizer: Literal["adam", "adamw", "sgd", "lars", "lars_clip"] = "adam"
+    batch_size: BatchSize = 256
+    optimizer: OptimizerName = "adam"
     lr: Positive = 0.002
     weight_decay: NonNegative = 1e-6
 
@@ -98,16 +97,9 @@ class TSC(UnlabelledPurifier):
         if self.augment.render_size is not None:
             raise SettingsError("TSC.augment.render_size", "views must have the size of the images", "leave it out")
 
-    def tune(
-        self,
-        encoder: Encoder,
-        given: Encoder,
-        clean: Dataset,
-        seed: Seed,
-        evidence: Sequence[Evidence],
-        checkpoint: Path | None,
-    ) -> tuple[Encoder, History]:
+    def tune(self, job: Job, given: Encoder) -> tuple[Encoder, History]:
         """All rounds. A resume repeats the trainings that were over, and goes on within the one that was not."""
+        encoder, clean, seed = job.encoder, job.clean, job.seed
         width = encoder.width
         projector = mlp(width, width, self.projection, seed=seed.child("projector")).to(device_of(encoder.module))
         network = nn.Sequential(encoder.module, projector)
@@ -115,7 +107,7 @@ class TSC(UnlabelledPurifier):
         history: History = {}
 
         def train(name: str, learner: TuningLearner, recipe: Recipe | None = None) -> None:
-            path = None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}-{name}")
+            path = None if job.checkpoint is None else job.checkpoint.with_name(f"{job.checkpoint.name}-{name}")
             for key, values in self.trained(learner, clean, seed.child(name), path, recipe).items():
                 history.setdefault(key, []).extend(values)
             if path is not None:

@@ -105,7 +105,11 @@ class Tuning(LabelledPurifier):
 
 @settings
 class FT(Tuning):
-    """Fine-tuning: head and encoder go on from where they are. See `Tuning` for settings and source."""
+    """Fine-tuning: head and encoder go on from where they are. See `Tuning` for the settings.
+
+    Source: Min et al., FST, NeurIPS 2023, arXiv:2310.01875.
+    Deviations: those of `Tuning`.
+    """
 
     title: ClassVar[str] = "FT"
     revision: ClassVar[int] = 1
@@ -117,7 +121,9 @@ class LP(Tuning):
 
     For an encoder this is the row "nothing but a new head": what comes out is what was put in.
 
-    Deviations: with `batch_norm: train` the encoder's statistics move, as they do in the authors' code.
+    Source: Min et al., FST, NeurIPS 2023, arXiv:2310.01875.
+    Deviations: those of `Tuning`. With `batch_norm: train` the encoder's statistics move, as they do in the authors'
+    code.
     """
 
     batch_norm: BatchNorm = "frozen"
@@ -129,7 +135,11 @@ class LP(Tuning):
 
 @settings
 class FETuning(Tuning):
-    """Feature tuning: a new random head that stays as it is; the encoder must follow it. See `Tuning`."""
+    """Feature tuning: a new random head that stays as it is; the encoder must follow it. See `Tuning` for the settings.
+
+    Source: Min et al., FST, NeurIPS 2023, arXiv:2310.01875.
+    Deviations: those of `Tuning`.
+    """
 
     title: ClassVar[str] = "FE-tuning"
     revision: ClassVar[int] = 1
@@ -139,7 +149,11 @@ class FETuning(Tuning):
 
 @settings
 class FTInit(Tuning):
-    """Fine-tuning with a new random head. See `Tuning`."""
+    """Fine-tuning with a new random head. See `Tuning` for the settings.
+
+    Source: Min et al., FST, NeurIPS 2023, arXiv:2310.01875.
+    Deviations: those of `Tuning`.
+    """
 
     title: ClassVar[str] = "FT-init"
     revision: ClassVar[int] = 1
@@ -159,7 +173,11 @@ class FST(Tuning):
         alpha: α ≥ 0.
         project: Keep ‖W‖_F = C; without it and with α > 0 the term falls without bound.
 
-    See `Tuning` for the other settings and the source.
+    See `Tuning` for the other settings.
+
+    Source: Min, Qin, Shen, Cheng, Towards Stable Backdoor Purification through Feature Shift Tuning, NeurIPS 2023,
+    arXiv:2310.01875.
+    Deviations: those of `Tuning`.
     """
 
     alpha: NonNegative = 0.2

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["data_uri", "is_batch", "is_picture", "is_small", "stamp_uri"]
+__all__ = ["as_bytes", "data_uri", "is_batch", "is_picture", "is_small", "stamp_uri"]
 
 _MOST_SIDE = 2048
 _SHOWN_SIDE = 128
@@ -37,10 +37,10 @@ def is_small(a: NDArray[Any]) -> bool:
     return bool(max(a.shape[:2]) < 96)
 
 
-def data_uri(a: NDArray[Any]) -> Markup:
-    """A PNG of uint8 `[height, width(, 3 or 4)]` as an address for `src`."""
+def data_uri(a: NDArray[Any], most: int = _SHOWN_SIDE) -> Markup:
+    """A PNG of uint8 `[height, width(, 3 or 4)]` as an address for `src`; shrunk where a side is longer than `most`."""
     picture = Image.fromarray(np.ascontiguousarray(a))
-    picture.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE), Image.Resampling.BOX)
+    picture.thumbnail((most, most), Image.Resampling.BOX)
     stream = io.BytesIO()
     picture.save(stream, "PNG", optimize=True)
     return Markup("data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii"))
@@ -57,11 +57,12 @@ def stamp_uri(mask: NDArray[Any], pattern: NDArray[Any]) -> Markup | None:
         None where the shapes do not fit each other.
     """
     if pattern.ndim == 3 and pattern.dtype != np.uint8 and pattern.shape[0] == 3:
-        pattern = _bytes(pattern.transpose(1, 2, 0))
+        pattern = as_bytes(pattern.transpose(1, 2, 0))
     if mask.ndim != 2 or not is_picture(pattern) or pattern.shape != (*mask.shape, 3):
         return None
-    return data_uri(np.dstack([pattern, _bytes(mask)]))
+    return data_uri(np.dstack([pattern, as_bytes(mask)]))
 
 
-def _bytes(share: NDArray[Any]) -> NDArray[np.uint8]:
+def as_bytes(share: NDArray[Any]) -> NDArray[np.uint8]:
+    """Shares in [0, 1] as grey levels; what is no number is 0."""
     return np.asarray(np.rint(255 * np.clip(np.nan_to_num(share.astype(np.float64)), 0, 1)), dtype=np.uint8)

@@ -11,6 +11,7 @@ import numpy as np
 from cupel.records import Metric, Record
 from cupel.report import svg
 from cupel.report.cells import Arrays
+from cupel.report.changes import changes_of
 from cupel.report.gallery import MOMENTS, in_order, maps_of, pictures_of, references_of
 from cupel.report.tasks import Task, tasks_of
 from cupel.report.text import interval, percent, plain, points, short_key, span
@@ -70,6 +71,7 @@ def cell_view(record: Record, arrays: Arrays, number: int, pairs: int) -> View:
         "deviations": _texts(record.extra.get("deviations")),
         "notes": _texts(record.notes),
         "pictures": pictures_of(arrays, classes, first, pairs),
+        "changes": changes_of(record, arrays),
         "references": references_of(arrays),
         "triggers": triggers_of(record, arrays),
         "maps": maps_of(arrays, classes, first),

@@ -113,6 +113,7 @@ _AXES = {
     "downstream": "later task",
     "downstream.data": "later task",
     "downstream.probe": "classifier",
+    "downstream.probe.reinitialise": "last blocks drawn anew",
     "upstream.data": "pre-training images",
     "upstream.objective": "pre-training",
 }

@@ -8,9 +8,10 @@ from torch import Tensor
 from cupel.errors import CupelError, DataError
 from cupel.inference import device_of, evaluating
 from cupel.protocols import Encoder
+from cupel.seeds import Seed
 from cupel.types import Dataset
 
-__all__ = ["LEAST_IMAGES", "LOOKED_AT", "admit", "inner_spread", "named"]
+__all__ = ["LEAST_IMAGES", "LOOKED_AT", "admit", "inner_spread", "named", "some_rows"]
 
 LEAST_IMAGES = 64
 """Different images that a scan needs at least (our choice)."""
@@ -71,6 +72,11 @@ def inner_spread(z: Tensor) -> float:
     length = z.square().sum(dim=1).mean().sqrt()
     distance = (z - z.mean(dim=0)).square().sum(dim=1).mean().sqrt()
     return float(distance / length) if float(length) > 0 else 0.0
+
+
+def some_rows(clean: Dataset, most: int, seed: Seed) -> Tensor:
+    """At most `most` rows in random order."""
+    return torch.randperm(len(clean), generator=seed.child("images").torch())[:most]
 
 
 def named(model: object) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from cupel.errors import UsageError, did_you_mean
 from cupel.inference import device_of
 from cupel.inversion import (
     Budget,
@@ -26,16 +25,17 @@ from cupel.inversion import (
     stamp,
 )
 from cupel.protocols import Encoder
-from cupel.scan.admission import LEAST_IMAGES, admit, named
-from cupel.scan.passes import Passes, peak_memory_mib
-from cupel.scan.reference import Decision, against, check_reference
+from cupel.scan.admission import named, some_rows
+from cupel.scan.judging import Judging
+from cupel.scan.passes import Passes
+from cupel.scan.reference import Decision, against, banded, check_reference
 from cupel.seeds import Seed
-from cupel.settings import Fraction, Positive, PositiveInt, canonical, digest, settings
+from cupel.settings import Fraction, Positive, PositiveInt, settings
 from cupel.types import Dataset, Evidence, Need, Reference, Verdict
 
 __all__ = ["Decree", "decide"]
 
-BUDGETS, VARIANTS = ("smoke", "standard", "paper"), ("stamp", "linf", "frequency")
+Variant = Literal["stamp", "linf", "frequency"]
 FORMS: Mapping[str, Form] = {"stamp": Stamp(), "linf": Linf(), "frequency": Frequency()}
 TESTED = {
     "stamp": "small universal stamps (mask-and-pattern inversion)",
@@ -52,7 +52,7 @@ COLLAPSED = 0.99
 
 
 @settings
-class Decree:
+class Decree(Judging):
     """Trigger inversion on the embedding, label-free.
 
     From several random starts, a mask m and a pattern p are optimised so that the embeddings of stamped images
@@ -81,13 +81,15 @@ class Decree:
         precision: Of the encoder's passes; mask, pattern and concentration are always float32. bf16 is used where the
             hardware computes in it and the encoder's clean embeddings agree with float32.
 
+    Budgets: `smoke` (seconds), `standard`, `paper` (as published, on about 1000 images).
+
     Source: Feng et al., DECREE, CVPR 2023, arXiv:2303.15180, and its code.
     Deviations: several starts and their minimum instead of one start (our choice); float32 instead of float64; the
     budgets `smoke` and `standard`, which do not stop early; verdicts by five or more references of the same recipe;
     the variants, which without references say `suspicious` at most.
     """
 
-    variant: Literal["stamp", "linf", "frequency"] = "stamp"
+    variant: Variant = "stamp"
 
     num_seeds: PositiveInt = 3
     steps: PositiveInt = 600
@@ -104,48 +106,53 @@ class Decree:
     patience: PositiveInt | None = None
     center: bool = False
     precision: Literal["bf16", "fp32"] = "bf16"
+    method: ClassVar[str] = "decree"
+    budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "smoke": {"steps": 300, "batch_size": 48},
+        "standard": {},
+        # 1000 epochs of 7 batches; rates fall at epochs 30 and 50
+        "paper": {
+            "steps": 7000, "batch_size": 128, "images": 1256, "lr_drops": (0.03, 0.05), "patience": 10,
+            "precision": "fp32",
+        },
+    }  # fmt: skip
+    variant_budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "smoke": {"num_seeds": 2, "steps": 60},
+        "standard": {"num_seeds": 2, "steps": 100},
+        "paper": {"num_seeds": 3, "steps": 600, "precision": "fp32"},
+    }
     needs: ClassVar[frozenset[Need]] = frozenset()
     revision: ClassVar[int] = 2
 
     @classmethod
-    def preset(cls, budget: str, variant: Literal["stamp", "linf", "frequency"] = "stamp") -> Decree:
-        """Settings of a budget: `smoke` (seconds), `standard`, `paper` (as published, on about 1000 images).
+    def preset(cls, budget: str, variant: Variant = "stamp") -> Self:
+        """Settings of a budget.
 
         Args:
-            budget: One of these.
+            budget: `smoke`, `standard` or `paper`.
             variant: `linf` and `frequency` take two starts of 100 steps; the paper has no budget for them.
 
         Raises:
             UsageError: no such budget.
 
         Example:
-            >>> Decree.preset("smoke").steps
-            300
+            >>> Decree.preset("smoke").name, Decree.preset("smoke", "linf").name
+            ('decree/smoke', 'decree/linf-smoke')
         """
-        if budget not in BUDGETS:
-            raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, BUDGETS))
-        if variant != "stamp":
-            starts, steps = {"smoke": (2, 60), "standard": (2, 100), "paper": (3, 600)}[budget]
-            precision: Literal["bf16", "fp32"] = "fp32" if budget == "paper" else "bf16"
-            return cls(variant=variant, num_seeds=starts, steps=steps, precision=precision)
-        if budget == "smoke":
-            return cls(steps=300, batch_size=48)
-        if budget == "standard":
-            return cls()
-        # 1000 epochs of 7 batches; rates fall at epochs 30 and 50
-        return cls(steps=7000, batch_size=128, images=1256, lr_drops=(0.03, 0.05), patience=10, precision="fp32")
+        plain = super().preset(budget)
+        return plain if variant == "stamp" else cls(variant=variant, **cls.variant_budgets[budget])
 
-    @property
-    def name(self) -> str:
-        """Method and budget, as references state it: `decree/smoke`, `decree/linf-smoke`; others get a digest.
+    def _alike(self, budget: str) -> Self:
+        return self.preset(budget, self.variant)
 
-        Fields that a later release adds with a default change no name of a budget, so calibrations stay valid.
-        """
-        kind = "" if self.variant == "stamp" else f"{self.variant}-"
-        for budget in BUDGETS:
-            if self == Decree.preset(budget, self.variant):
-                return f"decree/{kind}{budget}"
-        return f"decree/{kind}" + digest(canonical(self, lambda path: path))[:8]
+    def _kind(self) -> str:
+        return "" if self.variant == "stamp" else f"{self.variant}-"
+
+    def _tested(self) -> str:
+        return TESTED[self.variant]
+
+    def _limit(self) -> float:
+        return 1 - BANDS.get(self.variant, DOUBTFUL)
 
     def scan(self, model: Encoder, clean: Dataset, seed: Seed, reference: Reference | None = None) -> Verdict:
         """Look for a small universal trigger.
@@ -165,10 +172,10 @@ class Decree:
             DataError: images of another size or scale; a reference of another scanner or budget.
         """
         check_reference(reference, self.name)
+        if (said := self.unfit(model, clean)) is not None:
+            return said
         device = device_of(model.module)
-        if (reason := admit(model, clean, LEAST_IMAGES)) is not None:
-            return self._inconclusive(reason, device)
-        rows = torch.randperm(len(clean), generator=seed.child("images").torch())[: self.images]
+        rows = some_rows(clean, self.images, seed)
         num_held = min(MOST_HELD_OUT, len(rows) // 5)
         fit, held = clean.inputs[rows[num_held:]].to(device), clean.inputs[rows[:num_held]].to(device)
         form = FORMS[self.variant]
@@ -180,7 +187,7 @@ class Decree:
             details = {"conc_clean": conc_clean, "images": float(len(fit)), "images_held_out": float(len(held))}
             if conc_clean > COLLAPSED:
                 what = "embeddings of clean images coincide already" + ("" if self.center else "; try center = true")
-                return self._inconclusive(f"{what} (concentration {conc_clean:.3f})", device, details | passes.costs())
+                return self.inconclusive(f"{what} (concentration {conc_clean:.3f})", device, details | passes.costs())
 
             def objective(stamped: Tensor, starts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
                 z = passes(stamped.flatten(0, 1)).reshape(*stamped.shape[:2], -1)
@@ -225,42 +232,15 @@ class Decree:
         if not bool(found.found.any()):
             top = float(found.reach.max())
             why = f"no start reached concentration {self.success:g} within {self.steps} steps (best {top:.3f})"
-            return self._inconclusive(why, device, details, evidence)
+            return self.inconclusive(why, device, details, evidence)
         said = self._decide(least, details["transfer"], reference)
-        details |= {} if said.z is None else {"z": said.z}
-        return Verdict(
-            said.verdict,
-            1 - least,
-            1 - said.threshold,
-            TESTED[self.variant],
-            evidence,
-            details,
-            said.reason,
-            said.false_alarm,
-            peak_memory_mib(device),
-        )
+        return self.concluded(said, 1 - least, evidence, details, device)
 
     def _decide(self, least: float, transfer: float, reference: Reference | None) -> Decision:
         if self.variant == "stamp":
             return decide(least, transfer, reference)
         words = f"smallest {self.variant} change that makes embeddings coincide: {least:.4f}"
-        said, band = against(least, reference, words), BANDS[self.variant]
-        if isinstance(said, Decision):
-            return said
-        return Decision("suspicious" if least < band else "clean-by-test", band, f"{said}: {words}")
-
-    def _inconclusive(
-        self,
-        why: str,
-        device: torch.device,
-        details: Mapping[str, float] | None = None,
-        evidence: tuple[Evidence, ...] = (),
-    ) -> Verdict:
-        """Nothing can be said: score 0, as for a trigger as large as the image."""
-        threshold, peak = 1 - BANDS.get(self.variant, DOUBTFUL), peak_memory_mib(device)
-        return Verdict(
-            "inconclusive", 0.0, threshold, TESTED[self.variant], evidence, details or {}, why, peak_memory_mib=peak
-        )
+        return banded(least, reference, words, doubtful=BANDS[self.variant])
 
 
 def decide(pl1: float, transfer: float, reference: Reference | None = None) -> Decision:

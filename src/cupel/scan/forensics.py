@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -12,25 +12,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cupel.checkpoint import TensorFile, match_keys, read_tensors
 from cupel.encoders import ImageEncoder
-from cupel.errors import DataError, UsageError, did_you_mean
+from cupel.errors import DataError, UsageError
 from cupel.inference import device_of
 from cupel.protocols import Encoder
-from cupel.scan.admission import LEAST_IMAGES, admit
+from cupel.scan.judging import Judging
 from cupel.scan.passes import peak_memory_mib
 from cupel.seeds import Seed
-from cupel.settings import DataFile, canonical, digest, settings
+from cupel.settings import DataFile, settings
 from cupel.types import Dataset, Need, Reference, Verdict
 
 __all__ = ["Forensics", "compare_weights"]
 
-BUDGETS = ("smoke", "standard", "paper")
-TESTED = "fine-tuning of a named clean checkpoint with frozen BatchNorm (comparison of weights)"
-THRESHOLD = 1.0
 _COUNTER = "num_batches_tracked"
 
 
 @settings
-class Forensics:
+class Forensics(Judging):
     """Compares the weights with those of a clean checkpoint that the user names and trusts.
 
     An attack on a published encoder that trains with frozen BatchNorms, as BadEncoder does, leaves their statistics
@@ -41,28 +38,24 @@ class Forensics:
     Args:
         checkpoint: File of the clean encoder: safetensors or a torch checkpoint; nothing in it is executed.
 
+    Budgets: `smoke`, `standard` and `paper` are the same.
+
     Source: our choice, after what the authors' code of Jia et al., BadEncoder, IEEE S&P 2022, arXiv:2108.00352, trains.
+    Deviations: none; the paper has no such test.
     """
 
     checkpoint: DataFile | None = None
+    method: ClassVar[str] = "forensics"
+    budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"smoke": {}, "standard": {}, "paper": {}}
+    tested: ClassVar[str] = "fine-tuning of a named clean checkpoint with frozen BatchNorm (comparison of weights)"
+    limit: ClassVar[float] = 1.0
     needs: ClassVar[frozenset[Need]] = frozenset({"reference"})
     revision: ClassVar[int] = 1
-
-    @classmethod
-    def preset(cls, budget: str) -> Forensics:
-        """The same for every budget: `smoke`, `standard` and `paper`.
-
-        Raises:
-            UsageError: no such budget.
-        """
-        if budget not in BUDGETS:
-            raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, BUDGETS))
-        return cls()
 
     @property
     def name(self) -> str:
         """Method and a digest of the settings: there are no references for it to be matched with."""
-        return "forensics/" + digest(canonical(self, lambda path: path))[:8]
+        return self._name_of_its_own()
 
     def scan(self, model: Encoder, clean: Dataset, seed: Seed, reference: Reference | None = None) -> Verdict:
         """Compare the weights.
@@ -87,26 +80,28 @@ class Forensics:
             raise UsageError("forensics", "names no clean checkpoint", "set `checkpoint` to the file of one you trust")
         if reference is not None:
             raise DataError(f"reference '{reference.recipe}'", "forensics reads none", "leave it out")
-        peak = peak_memory_mib(device_of(model.module))
-        if (reason := admit(model, clean, LEAST_IMAGES)) is not None:
-            return Verdict("inconclusive", 0.0, THRESHOLD, TESTED, reason=reason, peak_memory_mib=peak)
+        if (unfit := self.unfit(model, clean)) is not None:
+            return unfit
+        device = device_of(model.module)
         details = compare_weights(_backbone(model), read_tensors(self.checkpoint), self.checkpoint)
         details |= {"forward_images": 0.0, "backward_images": 0.0}
         norms, same = details["norm_tensors"], details["norm_equal"]
         weights, kept = details["other_tensors"], details["other_equal"]
         if norms == 0:
             why = "the encoder has no BatchNorm with statistics, so nothing can be told from them"
-            return Verdict("inconclusive", 0.0, THRESHOLD, TESTED, details=details, reason=why, peak_memory_mib=peak)
-        if same == norms and kept == weights:
-            why = "all weights are bit by bit those of the named checkpoint"
-            return Verdict("clean-by-test", 0.0, THRESHOLD, TESTED, details=details, reason=why, peak_memory_mib=peak)
+            return self.inconclusive(why, device, details)
         share = same / norms
+        word: Literal["suspicious", "clean-by-test"] = "clean-by-test"
         counted = f"{same:.0f} of {norms:.0f} BatchNorm tensors equal those of the named checkpoint"
-        if share == 1:
+        if share == 1 and kept == weights:
+            share, why = 0.0, "all weights are bit by bit those of the named checkpoint"
+        elif share == 1:
+            word = "suspicious"
             why = f"{counted}, but {weights - kept:.0f} of {weights:.0f} other tensors differ: it was fine-tuned"
-            return Verdict("suspicious", share, THRESHOLD, TESTED, details=details, reason=why, peak_memory_mib=peak)
-        why = f"{counted}: no sign of fine-tuning from it with frozen BatchNorms"
-        return Verdict("clean-by-test", share, THRESHOLD, TESTED, details=details, reason=why, peak_memory_mib=peak)
+        else:
+            why = f"{counted}: no sign of fine-tuning from it with frozen BatchNorms"
+        peak = peak_memory_mib(device)
+        return Verdict(word, share, self.limit, self.tested, (), details, why, peak_memory_mib=peak)
 
 
 def compare_weights(module: nn.Module, file: TensorFile, where: object) -> dict[str, float]:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from cupel.errors import UsageError, did_you_mean
 from cupel.inference import device_of
 from cupel.inversion import concentration, frozen, stamp
 from cupel.protocols import Encoder
-from cupel.scan.admission import LEAST_IMAGES, admit, inner_spread
-from cupel.scan.passes import Passes, peak_memory_mib
-from cupel.scan.reference import Decision, against, check_reference
+from cupel.scan.admission import inner_spread, some_rows
+from cupel.scan.judging import Judging
+from cupel.scan.passes import Passes
+from cupel.scan.reference import banded, check_reference
 from cupel.seeds import Seed
-from cupel.settings import Fraction, PositiveInt, canonical, digest, settings
+from cupel.settings import Fraction, PositiveInt, settings
 from cupel.types import Dataset, Evidence, Need, Reference, Verdict
 
 __all__ = ["Indicators", "deviation", "effective_rank", "outlyingness", "random_triggers"]
 
-BUDGETS = ("smoke", "standard", "paper")
-TESTED = "reactions to random stamps and blends (forward passes alone)"
 DOUBTFUL = 0.90
 """Concentration above which an uncalibrated scan says suspicious (our choice)."""
 LEAST = 1e-6
@@ -33,7 +32,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @settings
-class Indicators:
+class Indicators(Judging):
     """Concentration, spread and outlyingness of embeddings under random triggers, label-free and without gradients.
 
     Stamps of random places, sizes and contents, and blends of random pictures are put on the images. A backdoor with a
@@ -49,7 +48,10 @@ class Indicators:
         precision: Of the encoder's passes; bf16 is used where the hardware computes in it and the encoder's clean
             embeddings agree with float32.
 
+    Budgets: `smoke`, `standard`, and `paper`, which draws several times as many triggers.
+
     Source: our choice; the concentration is that of Feng et al., DECREE, CVPR 2023, arXiv:2303.15180, centred.
+    Deviations: nothing is inverted, and concentration is measured around the clean mean.
     """
 
     stamps: PositiveInt = 192
@@ -60,35 +62,16 @@ class Indicators:
     batch_size: Annotated[int, Field(ge=2)] = 32
     images: Annotated[int, Field(ge=32)] = 512
     precision: Literal["bf16", "fp32"] = "bf16"
+    method: ClassVar[str] = "indicators"
+    budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "smoke": {"stamps": 48, "blends": 8},
+        "standard": {},
+        "paper": {"stamps": 768, "blends": 64, "batch_size": 64, "precision": "fp32"},
+    }
+    tested: ClassVar[str] = "reactions to random stamps and blends (forward passes alone)"
+    limit: ClassVar[float] = DOUBTFUL
     needs: ClassVar[frozenset[Need]] = frozenset()
     revision: ClassVar[int] = 1
-
-    @classmethod
-    def preset(cls, budget: str) -> Indicators:
-        """Settings of a budget: `smoke`, `standard`, or `paper`, which draws several times as many triggers.
-
-        Raises:
-            UsageError: no such budget.
-
-        Example:
-            >>> Indicators.preset("smoke").stamps
-            48
-        """
-        if budget == "smoke":
-            return cls(stamps=48, blends=8)
-        if budget == "standard":
-            return cls()
-        if budget == "paper":
-            return cls(stamps=768, blends=64, batch_size=64, precision="fp32")
-        raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, BUDGETS))
-
-    @property
-    def name(self) -> str:
-        """Method and budget: `indicators/smoke`; other settings get a digest."""
-        for budget in BUDGETS:
-            if self == Indicators.preset(budget):
-                return f"indicators/{budget}"
-        return "indicators/" + digest(canonical(self, lambda path: path))[:8]
 
     def scan(self, model: Encoder, clean: Dataset, seed: Seed, reference: Reference | None = None) -> Verdict:
         """Try the random triggers.
@@ -110,12 +93,10 @@ class Indicators:
             DataError: images of another size or scale; a reference of another scanner or budget.
         """
         check_reference(reference, self.name)
+        if (said := self.unfit(model, clean)) is not None:
+            return said
         device = device_of(model.module)
-        if (reason := admit(model, clean, LEAST_IMAGES)) is not None:
-            peak = peak_memory_mib(device)
-            return Verdict("inconclusive", 0.0, DOUBTFUL, TESTED, reason=reason, peak_memory_mib=peak)
-        rows = torch.randperm(len(clean), generator=seed.child("images").torch())[: self.images]
-        images = clean.inputs[rows].to(device)
+        images = clean.inputs[some_rows(clean, self.images, seed)].to(device)
         masks, patterns = random_triggers(
             self.stamps, self.blends, model.input_size, (self.least_side, self.most_side), self.opacity,
             seed.child("triggers"),
@@ -147,21 +128,10 @@ class Indicators:
         evidence = Evidence(
             mask, pattern, float(masks[best].mean()), conc[best] > DOUBTFUL, f"{self.name} trigger {best}"
         )
-        said = _decide(min(1.0, max(1 - conc[best], LEAST)), reference)
-        details |= {} if said.z is None else {"z": said.z}
-        return Verdict(
-            said.verdict, max(0.0, conc[best]), 1 - said.threshold, TESTED, (evidence,), details, said.reason,
-            said.false_alarm, peak_memory_mib(device),
-        )  # fmt: skip
-
-
-def _decide(distance: float, reference: Reference | None) -> Decision:
-    words = f"the strongest random trigger makes embeddings coincide to {1 - distance:.3f}"
-    said = against(distance, reference, words)
-    if isinstance(said, Decision):
-        return said
-    word: Literal["suspicious", "clean-by-test"] = "suspicious" if distance < 1 - DOUBTFUL else "clean-by-test"
-    return Decision(word, 1 - DOUBTFUL, f"{said}: {words}")
+        distance = min(1.0, max(1 - conc[best], LEAST))
+        words = f"the strongest random trigger makes embeddings coincide to {1 - distance:.3f}"
+        decision = banded(distance, reference, words, doubtful=1 - DOUBTFUL)
+        return self.concluded(decision, max(0.0, conc[best]), (evidence,), details, device)
 
 
 def random_triggers(

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from cupel.errors import DataError, UsageError, did_you_mean
+from cupel.errors import DataError
 from cupel.inference import device_of
 from cupel.inversion import frozen
 from cupel.metrics import check_labels
 from cupel.probe import PROBES, Linear
 from cupel.protocols import Encoder, Probe
-from cupel.scan.admission import admit
-from cupel.scan.mntd_meta import Answer, MetaReference, MetaTraining, standardised, threshold_at, train_meta
+from cupel.scan.admission import some_rows
+from cupel.scan.judging import Judging
+from cupel.scan.mntd_meta import MetaTraining, standardised, train_meta
+from cupel.scan.mntd_reference import Answer, MetaReference, threshold_at
 from cupel.scan.mntd_shadows import ShadowNets, train_shadows
 from cupel.scan.passes import peak_memory_mib
 from cupel.seeds import Seed
-from cupel.settings import OneOf, Positive, PositiveInt, canonical, digest, settings
+from cupel.settings import OneOf, Positive, PositiveInt, settings
 from cupel.types import Dataset, Need, Reference, Verdict, VerdictWord
 
 __all__ = ["INFORMATIVE", "MNTD", "checked", "judged"]
@@ -35,7 +38,7 @@ INFORMATIVE = 0.7
 
 
 @settings
-class MNTD(MetaTraining):
+class MNTD(Judging, MetaTraining):
     """A meta-classifier on the logits of encoder and probe for tuned queries.
 
     Shadow classifiers are trained on the labelled images, half of them with a random trojan; a small network learns,
@@ -51,6 +54,8 @@ class MNTD(MetaTraining):
         width: Channels of the first convolution of a shadow model.
         shadow_lr: Of Adam, for the shadow models.
         queries, hidden, epochs, repeats, lr, tune_queries, one_class, nu, validation, false_alarms: See `MetaTraining`.
+
+    Budgets: `smoke` (under half a minute), `standard` (64 shadow models), `paper` (as published).
 
     Source: Xu et al., MNTD, IEEE S&P 2021, arXiv:1910.03137, and its code; on the classifiers of attacked encoders as
     in Jia et al., BadEncoder, IEEE S&P 2022, arXiv:2108.00352.
@@ -69,35 +74,16 @@ class MNTD(MetaTraining):
     shadow_lr: Positive = 1e-3
     epochs: PositiveInt = 60
 
+    method: ClassVar[str] = "mntd"
+    budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "smoke": {"shadows": 24, "steps": 80, "width": 8, "epochs": 60, "repeats": 2},
+        "standard": {},
+        "paper": {"shadows": 4608, "validation": 0.11, "images": 50_000, "steps": 2000, "width": 32, "epochs": 10},
+    }
+    tested: ClassVar[str] = TESTED
+    limit: ClassVar[float] = 0.0
     needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
     revision: ClassVar[int] = 1
-
-    @classmethod
-    def preset(cls, budget: str) -> MNTD:
-        """Settings of a budget: `smoke` (under half a minute), `standard` (64 shadow models), `paper` (as published).
-
-        Raises:
-            UsageError: no such budget.
-
-        Example:
-            >>> MNTD.preset("standard").shadows
-            64
-        """
-        if budget == "smoke":
-            return cls(shadows=24, steps=80, width=8, epochs=60, repeats=2)
-        if budget == "standard":
-            return cls()
-        if budget == "paper":
-            return cls(shadows=4608, validation=0.11, images=50_000, steps=2000, width=32, epochs=10)
-        raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, ("smoke", "standard", "paper")))
-
-    @property
-    def name(self) -> str:
-        """Method and budget: `mntd/smoke`; other settings get a digest."""
-        for budget in ("smoke", "standard", "paper"):
-            if self == MNTD.preset(budget):
-                return f"mntd/{budget}"
-        return "mntd/" + digest(canonical(self, lambda path: path))[:8]
 
     def train_reference(
         self, data: Dataset, seed: Seed, *, device: torch.device | str = "cpu", checkpoint: Path | None = None
@@ -115,7 +101,7 @@ class MNTD(MetaTraining):
             LabelsWithheld: labels are kept from scanners.
         """
         check_labels(data.labels, data.num_classes, data.name)
-        some = data.subset(torch.randperm(len(data), generator=seed.child("images").torch())[: self.images])
+        some = data.subset(some_rows(data, self.images, seed))
         nets, trojans = train_shadows(
             some,
             data.num_classes,
@@ -158,8 +144,8 @@ class MNTD(MetaTraining):
             DataError: images of another size, or without labels; a reference of another scanner, kind or task.
             LabelsWithheld: labels are kept from scanners.
         """
-        if (reason := admit(model, clean)) is not None:
-            return _inconclusive(reason)
+        if (unfit := self.unfit(model, clean)) is not None:
+            return unfit
         check_labels(clean.labels, clean.num_classes, clean.name)
         device = device_of(model.module)
         with frozen(model.module):
@@ -226,7 +212,3 @@ def judged(score: float, reference: MetaReference, tested: str) -> Verdict:
     word: VerdictWord = "backdoored" if score >= limit else "clean-by-test"
     reason = f"score {score:.2f}, threshold {limit:.2f} from {len(known)} clean encoders; {told}"
     return Verdict(word, score, limit, tested, (), details, reason, (alarms / len(known), len(known)))
-
-
-def _inconclusive(why: str) -> Verdict:
-    return Verdict("inconclusive", 0.0, 0.0, TESTED, (), {}, why)

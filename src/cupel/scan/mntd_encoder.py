@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -16,20 +17,22 @@ from torch import Tensor
 
 from cupel.attack import BadEncoder
 from cupel.encoders import ImageEncoder
-from cupel.errors import DataError, UsageError, did_you_mean
+from cupel.errors import DataError
 from cupel.files import atomic_file
 from cupel.folding import inference_copy
 from cupel.inference import device_of, features
 from cupel.inversion import frozen
 from cupel.progress import say, track
 from cupel.protocols import Encoder
-from cupel.scan.admission import admit
+from cupel.scan.admission import some_rows
+from cupel.scan.judging import Judging
 from cupel.scan.mntd import TESTED, checked, judged
 from cupel.scan.mntd_jumbo import TrojanStamp
-from cupel.scan.mntd_meta import Answer, MetaReference, MetaTraining, cosines_of, train_meta
+from cupel.scan.mntd_meta import MetaTraining, cosines_of, train_meta
+from cupel.scan.mntd_reference import Answer, MetaReference
 from cupel.scan.passes import peak_memory_mib
 from cupel.seeds import Seed
-from cupel.settings import Positive, PositiveInt, canonical, digest, settings
+from cupel.settings import Positive, PositiveInt, settings
 from cupel.types import Dataset, Goal, Knowledge, Need, Reference, Verdict
 
 __all__ = ["MNTDEncoder", "shadow_encoder"]
@@ -38,7 +41,7 @@ _SAVE_EVERY = 4  # shadow encoders
 
 
 @settings
-class MNTDEncoder(MetaTraining):
+class MNTDEncoder(Judging, MetaTraining):
     """A meta-classifier on the cosines between an encoder's embeddings of tuned queries; label-free.
 
     `train_reference` fine-tunes copies of a public clean encoder on unlabelled images, every second one with a
@@ -52,6 +55,8 @@ class MNTDEncoder(MetaTraining):
         batch_size: Images per step.
         shadow_lr: Of AdamW, for the shadow encoders.
         queries, hidden, epochs, repeats, lr, tune_queries, one_class, nu, validation, false_alarms: See `MetaTraining`.
+
+    Budgets: `smoke` (under a minute), `standard` (64 shadow encoders), `paper` (256 of them).
 
     Source: Xu et al., MNTD, IEEE S&P 2021, arXiv:1910.03137; Jia et al., BadEncoder, IEEE S&P 2022, for applying it to
     encoders, which does not say how the shadow encoders were made.
@@ -67,35 +72,16 @@ class MNTDEncoder(MetaTraining):
     epochs: PositiveInt = 30
     repeats: PositiveInt = 2
 
+    method: ClassVar[str] = "mntd_encoder"
+    budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "smoke": {"shadows": 16, "steps": 30, "images": 500, "epochs": 20},
+        "standard": {},
+        "paper": {"shadows": 256, "steps": 400, "images": 10_000, "epochs": 10, "repeats": 5},
+    }
+    tested: ClassVar[str] = TESTED
+    limit: ClassVar[float] = 0.0
     needs: ClassVar[frozenset[Need]] = frozenset({"reference"})
     revision: ClassVar[int] = 1
-
-    @classmethod
-    def preset(cls, budget: str) -> MNTDEncoder:
-        """Settings of a budget: `smoke` (under a minute), `standard` (64 shadow encoders), `paper` (256 of them).
-
-        Raises:
-            UsageError: no such budget.
-
-        Example:
-            >>> MNTDEncoder.preset("standard").shadows
-            64
-        """
-        if budget == "smoke":
-            return cls(shadows=16, steps=30, images=500, epochs=20)
-        if budget == "standard":
-            return cls()
-        if budget == "paper":
-            return cls(shadows=256, steps=400, images=10_000, epochs=10, repeats=5)
-        raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, ("smoke", "standard", "paper")))
-
-    @property
-    def name(self) -> str:
-        """Method and budget: `mntd_encoder/smoke`; other settings get a digest."""
-        for budget in ("smoke", "standard", "paper"):
-            if self == MNTDEncoder.preset(budget):
-                return f"mntd_encoder/{budget}"
-        return "mntd_encoder/" + digest(canonical(self, lambda path: path))[:8]
 
     def train_reference(
         self, base: ImageEncoder, data: Dataset, seed: Seed, *, checkpoint: Path | None = None
@@ -112,8 +98,7 @@ class MNTDEncoder(MetaTraining):
             DataError: images of another size, or too few shadow encoders.
             Interrupted: a stop was requested; finished shadow encoders were written first.
         """
-        rows = torch.randperm(len(data), generator=seed.child("images").torch())[: self.images]
-        some = data.subset(rows).without_labels("mntd_encoder")
+        some = data.subset(some_rows(data, self.images, seed)).without_labels("mntd_encoder")
         features(base, some.inputs[torch.arange(min(1, len(some)))])  # refuses images of another size
         device = device_of(base.module)
         encoders = self._shadows(base, some, seed.child("shadows"), checkpoint)
@@ -160,11 +145,12 @@ class MNTDEncoder(MetaTraining):
         Raises:
             DataError: a reference of another scanner or kind; queries of another size; the encoder gives NaN.
         """
-        if (reason := admit(model, clean)) is not None:
-            return _inconclusive(reason)
+        if (unfit := self.unfit(model, clean)) is not None:
+            return unfit
+        device = device_of(model.module)
         if reference is None:
-            return _inconclusive("no meta-classifier was given; make one from a public clean encoder")
-        known, device = checked(reference, self.name), device_of(model.module)
+            return self.inconclusive("no meta-classifier was given; make one from a public clean encoder", device)
+        known = checked(reference, self.name)
         side = known.arrays["queries"].shape[-1]
         if side != model.input_size:
             what = f"its queries are {side}×{side}, the encoder takes {model.input_size}×{model.input_size}"
@@ -253,7 +239,3 @@ def _weights(encoder: ImageEncoder) -> str:
     for name, value in encoder.module.state_dict().items():
         total.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return total.hexdigest()
-
-
-def _inconclusive(why: str) -> Verdict:
-    return Verdict("inconclusive", 0.0, 0.0, TESTED, (), {}, why)

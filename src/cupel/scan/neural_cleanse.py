@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from cupel.errors import DataError, UsageError, did_you_mean
+from cupel.errors import DataError
 from cupel.folding import bf16_pays, inference_copy
 from cupel.inference import COMPARED, device_of, in_bf16
 from cupel.inversion import Inverted, frozen
@@ -19,15 +18,15 @@ from cupel.inversion.classwise import ClassSearch, invert_classes
 from cupel.metrics import check_labels
 from cupel.probe import PROBES, Linear
 from cupel.protocols import Classifier, Encoder, Probe
-from cupel.scan.admission import admit, named
+from cupel.scan.admission import named, some_rows
+from cupel.scan.judging import Judging
 from cupel.scan.passes import peak_memory_mib
 from cupel.seeds import Seed
-from cupel.settings import OneOf, Positive, PositiveInt, canonical, digest, settings
+from cupel.settings import OneOf, Positive, PositiveInt, settings
 from cupel.types import Dataset, Evidence, Need, Reference, Verdict
 
 __all__ = ["Anomaly", "NeuralCleanse", "anomaly_index", "network_of"]
 
-TESTED = "one small universal stamp towards one class of a downstream classifier (mask-and-pattern inversion)"
 LEAST_CLASSES = 3
 FEW_CLASSES = 5
 _NO_SPREAD = 1e-8
@@ -81,7 +80,7 @@ def anomaly_index(sizes: Sequence[float]) -> Anomaly:
 
 
 @settings
-class NeuralCleanse(ClassSearch):
+class NeuralCleanse(Judging, ClassSearch):
     """The smallest trigger towards each class, and whether one class is an outlier among them.
 
     A probe is fitted on the encoder; for each class y a mask m and a pattern Δ are searched that minimise
@@ -96,6 +95,8 @@ class NeuralCleanse(ClassSearch):
         steps, batch_size, images_per_step, num_starts, lr, success, cost, cost_factor, patience, stop_after: See
             `ClassSearch`.
 
+    Budgets: `smoke` (under a minute on a small encoder), `standard`, `paper` (as published).
+
     Source: Wang et al., Neural Cleanse, IEEE S&P 2019, and its code; on the classifiers of attacked encoders as in
     Jia et al., BadEncoder, IEEE S&P 2022, arXiv:2108.00352.
     Deviations: searched on the images that the probe was fitted on, and towards the classes that they show; classes
@@ -109,35 +110,20 @@ class NeuralCleanse(ClassSearch):
     steps: PositiveInt = 150
     images_per_step: PositiveInt | None = 256
 
+    method: ClassVar[str] = "neural_cleanse"
+    budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "smoke": {"steps": 60, "images_per_step": 128},
+        "standard": {},
+        "paper": {"steps": 1000, "images_per_step": 1000, "precision": "fp32"},
+    }
+    tested: ClassVar[str] = (
+        "one small universal stamp towards one class of a downstream classifier (mask-and-pattern inversion)"
+    )
     needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
     revision: ClassVar[int] = 1
 
-    @classmethod
-    def preset(cls, budget: str) -> NeuralCleanse:
-        """Settings of a budget: `smoke` (under a minute on a small encoder), `standard`, `paper` (as published).
-
-        Raises:
-            UsageError: no such budget.
-
-        Example:
-            >>> NeuralCleanse.preset("paper").steps
-            1000
-        """
-        if budget == "smoke":
-            return cls(steps=60, images_per_step=128)
-        if budget == "standard":
-            return cls()
-        if budget == "paper":
-            return cls(steps=1000, images_per_step=1000, precision="fp32")
-        raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, ("smoke", "standard", "paper")))
-
-    @property
-    def name(self) -> str:
-        """Method and budget: `neural_cleanse/smoke`; other settings get a digest."""
-        for budget in ("smoke", "standard", "paper"):
-            if self == NeuralCleanse.preset(budget):
-                return f"neural_cleanse/{budget}"
-        return "neural_cleanse/" + digest(canonical(self, lambda path: path))[:8]
+    def _limit(self) -> float:
+        return self.threshold
 
     def scan(self, model: Encoder, clean: Dataset, seed: Seed, reference: Reference | None = None) -> Verdict:
         """Fit the probe, then look for a class that is too easy to reach.
@@ -160,15 +146,13 @@ class NeuralCleanse(ClassSearch):
         """
         if reference is not None:
             raise DataError(f"reference '{reference.recipe}'", f"{self.name} reads none", "leave it out")
-        if (reason := admit(model, clean)) is not None:
-            return _inconclusive(self, reason)
+        if (unfit := self.unfit(model, clean)) is not None:
+            return unfit
         check_labels(clean.labels, clean.num_classes, clean.name)
-        classes = torch.unique(clean.labels)
+        classes, device = torch.unique(clean.labels), device_of(model.module)
         if len(classes) < LEAST_CLASSES:
-            return _inconclusive(self, f"the images show {len(classes)} classes, {LEAST_CLASSES} are needed")
-        device = device_of(model.module)
-        rows = torch.randperm(len(clean), generator=seed.child("images").torch())[: self.images]
-        images = clean.inputs[rows].to(device)
+            return self.inconclusive(f"the images show {len(classes)} classes, {LEAST_CLASSES} are needed", device)
+        images = clean.inputs[some_rows(clean, self.images, seed)].to(device)
         with frozen(model.module):
             classifier = self.probe.fit(model, clean, seed.child("probe"))
             with frozen(classifier.head), frozen(classifier.encoder.module):
@@ -181,10 +165,11 @@ class NeuralCleanse(ClassSearch):
                     "neural_cleanse",
                     named(model),
                 )
-        said = self._verdict(found, clean, classes.tolist(), len(images))
-        return dataclasses.replace(said, peak_memory_mib=peak_memory_mib(device))
+        return self._verdict(found, clean, classes.tolist(), len(images), device)
 
-    def _verdict(self, found: Inverted, clean: Dataset, classes: Sequence[int], used: int) -> Verdict:
+    def _verdict(
+        self, found: Inverted, clean: Dataset, classes: Sequence[int], used: int, device: torch.device
+    ) -> Verdict:
         sizes, ok = found.size.tolist(), found.found.tolist()
         per_step = max(1, min(used, self.images_per_step or used) // min(self.batch_size, used))
         seen = float(found.steps.sum()) * per_step * min(self.batch_size, used)
@@ -197,7 +182,7 @@ class NeuralCleanse(ClassSearch):
         note = f"; no trigger was found towards class {', '.join(missing)}" if missing else ""
         if len(known) < LEAST_CLASSES:
             why = f"a trigger was found towards {len(known)} of {len(classes)} classes, {LEAST_CLASSES} are needed"
-            return _inconclusive(self, why, details)
+            return self.inconclusive(why, device, details)
         anomaly = anomaly_index([sizes[i] for i in known])
         details |= {"median": anomaly.median, "mad": anomaly.mad}
         details |= {f"index_{classes[i]}": one for i, one in zip(known, anomaly.each, strict=True)}
@@ -214,9 +199,8 @@ class NeuralCleanse(ClassSearch):
             for i in shown
         )
         if anomaly.worst is None or not anomaly.spread:
-            return _inconclusive(
-                self, f"most sizes are equal, which leaves nothing to compare with{note}", details, evidence
-            )
+            why = f"most sizes are equal, which leaves nothing to compare with{note}"
+            return self.inconclusive(why, device, details, evidence)
         least = sizes[shown[0]]
         reason = (
             f"smallest stamp covers {least:.3f} of the image (class {_class_name(clean, classes[shown[0]])}, median of "
@@ -225,7 +209,10 @@ class NeuralCleanse(ClassSearch):
         if len(known) <= FEW_CLASSES:
             reason += f"; with {len(known)} classes the index is unreliable"
         word: Literal["backdoored", "clean-by-test"] = "backdoored" if outliers else "clean-by-test"
-        return Verdict(word, anomaly.worst, self.threshold, TESTED, evidence, details, reason)
+        return Verdict(
+            word, anomaly.worst, self.threshold, self.tested, evidence, details, reason,
+            peak_memory_mib=peak_memory_mib(device),
+        )  # fmt: skip
 
 
 def network_of(classifier: Classifier, images: Tensor, precision: str) -> Callable[[Tensor], Tensor]:
@@ -252,9 +239,3 @@ def network_of(classifier: Classifier, images: Tensor, precision: str) -> Callab
 
 def _class_name(clean: Dataset, y: int) -> str:
     return clean.classes[y] if y < len(clean.classes) else str(y)
-
-
-def _inconclusive(
-    method: NeuralCleanse, why: str, details: Mapping[str, float] | None = None, evidence: tuple[Evidence, ...] = ()
-) -> Verdict:
-    return Verdict("inconclusive", 0.0, method.threshold, TESTED, evidence, details or {}, why)

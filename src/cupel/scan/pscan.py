@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from cupel.errors import UsageError, did_you_mean
 from cupel.inference import device_of
 from cupel.inversion import concentration, frozen
 from cupel.inversion.pattern import step_sizes
 from cupel.inversion.windows import fill_windows, paste, window_corners
 from cupel.protocols import Encoder
-from cupel.scan.admission import LEAST_IMAGES, admit
-from cupel.scan.passes import Passes, peak_memory_mib
-from cupel.scan.reference import Decision, against, check_reference
+from cupel.scan.admission import some_rows
+from cupel.scan.judging import Judging
+from cupel.scan.passes import Passes
+from cupel.scan.reference import banded, check_reference
 from cupel.seeds import Seed
-from cupel.settings import Positive, PositiveInt, canonical, digest, settings
+from cupel.settings import Positive, PositiveInt, settings
 from cupel.types import Dataset, Evidence, Need, Reference, Verdict
 
 __all__ = ["PScan"]
 
-BUDGETS = ("smoke", "standard", "paper")
-TESTED = "universal stamps inside one small window (windowed inversion)"
 CERTAIN, DOUBTFUL = 0.95, 0.90
 """Concentrations above which an uncalibrated scan says backdoored, and suspicious (our choice)."""
 LEAST = 1e-6
@@ -37,7 +35,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @settings
-class PScan:
+class PScan(Judging):
     """Trigger inversion inside local windows, label-free.
 
     For every window of a grid, its content p is optimised so that the embeddings of images that bear it coincide:
@@ -56,7 +54,10 @@ class PScan:
         precision: Of the encoder's passes; bf16 is used where the hardware computes in it and the encoder's clean
             embeddings agree with float32.
 
+    Budgets: `smoke`, `standard`, and `paper`, which is several times as thorough.
+
     Source: our choice; the concentration is that of Feng et al., DECREE, CVPR 2023, arXiv:2303.15180, centred.
+    Deviations: fixed windows instead of a mask that is optimised, and concentration around the clean mean.
     """
 
     side: Share = 0.25
@@ -67,35 +68,16 @@ class PScan:
     images: Annotated[int, Field(ge=32)] = 512
     held_out: Annotated[int, Field(ge=2)] = 64
     precision: Literal["bf16", "fp32"] = "bf16"
+    method: ClassVar[str] = "pscan"
+    budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "smoke": {"batch_size": 8},
+        "standard": {},
+        "paper": {"stride": 0.0625, "steps": 60, "batch_size": 32, "precision": "fp32"},
+    }
+    tested: ClassVar[str] = "universal stamps inside one small window (windowed inversion)"
+    limit: ClassVar[float] = CERTAIN
     needs: ClassVar[frozenset[Need]] = frozenset()
     revision: ClassVar[int] = 1
-
-    @classmethod
-    def preset(cls, budget: str) -> PScan:
-        """Settings of a budget: `smoke`, `standard`, or `paper`, which is several times as thorough.
-
-        Raises:
-            UsageError: no such budget.
-
-        Example:
-            >>> PScan.preset("smoke").batch_size
-            8
-        """
-        if budget == "smoke":
-            return cls(batch_size=8)
-        if budget == "standard":
-            return cls()
-        if budget == "paper":
-            return cls(stride=0.0625, steps=60, batch_size=32, precision="fp32")
-        raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, BUDGETS))
-
-    @property
-    def name(self) -> str:
-        """Method and budget: `pscan/smoke`; other settings get a digest."""
-        for budget in BUDGETS:
-            if self == PScan.preset(budget):
-                return f"pscan/{budget}"
-        return "pscan/" + digest(canonical(self, lambda path: path))[:8]
 
     def scan(self, model: Encoder, clean: Dataset, seed: Seed, reference: Reference | None = None) -> Verdict:
         """Look for a universal stamp in every window.
@@ -115,12 +97,11 @@ class PScan:
             DataError: images of another size or scale; a reference of another scanner or budget.
         """
         check_reference(reference, self.name)
-        device = device_of(model.module)
-        if (reason := admit(model, clean, LEAST_IMAGES)) is not None:
-            return Verdict("inconclusive", 0.0, CERTAIN, TESTED, reason=reason, peak_memory_mib=peak_memory_mib(device))
-        size = model.input_size
+        if (said := self.unfit(model, clean)) is not None:
+            return said
+        device, size = device_of(model.module), model.input_size
         side, stride = max(1, round(self.side * size)), max(1, round(self.stride * size))
-        rows = torch.randperm(len(clean), generator=seed.child("images").torch())[: self.images]
+        rows = some_rows(clean, self.images, seed)
         num_held = min(self.held_out, len(rows) // 2)
         fit, held = clean.inputs[rows[num_held:]].to(device), clean.inputs[rows[:num_held]].to(device)
         corners = window_corners(size, size, side, stride)
@@ -149,12 +130,10 @@ class PScan:
         for rank, i in enumerate(order):
             top, left = corners[i].tolist()
             details |= {f"conc_{rank}": float(found[i]), f"top_{rank}": float(top), f"left_{rank}": float(left)}
-        said = _decide(max(1 - details["conc"], LEAST), reference)
-        details |= {} if said.z is None else {"z": said.z}
-        return Verdict(
-            said.verdict, max(0.0, details["conc"]), 1 - said.threshold, TESTED, evidence, details, said.reason,
-            said.false_alarm, peak_memory_mib(device),
-        )  # fmt: skip
+        distance = max(1 - details["conc"], LEAST)
+        words = f"the best window makes embeddings coincide to {1 - distance:.3f}"
+        decision = banded(distance, reference, words, certain=1 - CERTAIN, doubtful=1 - DOUBTFUL)
+        return self.concluded(decision, max(0.0, details["conc"]), evidence, details, device)
 
     @torch.no_grad()
     def _held_out(
@@ -172,14 +151,3 @@ class PScan:
         pattern[:, top : top + side, left : left + side] = content.cpu()
         source = f"{self.name} window at row {top}, column {left}"
         return Evidence(mask.numpy(), pattern.numpy(), float(mask.mean()), conc > CERTAIN, source)
-
-
-def _decide(distance: float, reference: Reference | None) -> Decision:
-    """On 1 − the largest concentration: by references, else by the fixed bands."""
-    words = f"the best window makes embeddings coincide to {1 - distance:.3f}"
-    said = against(distance, reference, words)
-    if isinstance(said, Decision):
-        return said
-    word: Literal["backdoored", "suspicious", "clean-by-test"]
-    word = "backdoored" if distance < 1 - CERTAIN else "suspicious" if distance < 1 - DOUBTFUL else "clean-by-test"
-    return Decision(word, 1 - CERTAIN, f"{said}: {words}")

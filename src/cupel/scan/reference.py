@@ -21,6 +21,7 @@ __all__ = [
     "SUSPICIOUS_Z",
     "Decision",
     "against",
+    "banded",
     "check_reference",
     "check_scores",
     "leave_one_out",
@@ -112,6 +113,29 @@ def against(statistic: float, reference: Reference | None, said: str) -> Decisio
     found: VerdictWord = "backdoored" if z < BACKDOORED_Z else "suspicious" if z < SUSPICIOUS_Z else "clean-by-test"
     reason = f"{said}, z = {z:.1f} against {len(clean)} clean encoders ({reference.recipe})"
     return Decision(found, size_at(BACKDOORED_Z, clean), reason, z, leave_one_out(clean))
+
+
+def banded(
+    statistic: float, reference: Reference | None, said: str, *, doubtful: float, certain: float | None = None
+) -> Decision:
+    """Judge as `against` does; where that is not possible, by fixed bands.
+
+    Args:
+        statistic, reference, said: See `against`.
+        doubtful: Below it the encoder is `suspicious`.
+        certain: Below it the encoder is `backdoored`; then it is the threshold too. None = never without references.
+
+    Example:
+        >>> banded(0.08, None, "size 0.08", doubtful=0.1)[:3]
+        ('suspicious', 0.1, 'uncalibrated: size 0.08')
+    """
+    judged = against(statistic, reference, said)
+    if isinstance(judged, Decision):
+        return judged
+    found: VerdictWord = "clean-by-test"
+    if statistic < doubtful:
+        found = "suspicious" if certain is None or statistic >= certain else "backdoored"
+    return Decision(found, doubtful if certain is None else certain, f"{judged}: {said}")
 
 
 def check_reference(reference: Reference | None, scanner: str) -> None:

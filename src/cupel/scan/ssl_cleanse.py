@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from cupel.errors import UsageError, did_you_mean
 from cupel.inference import device_of
 from cupel.inversion import Inverted, frozen
 from cupel.inversion.clusterwise import ClusterSearch, invert_clusters
 from cupel.protocols import Encoder
-from cupel.scan.admission import LEAST_IMAGES, admit, named
+from cupel.scan.admission import named, some_rows
 from cupel.scan.clusters import choose_clusters, cluster, merge_small, unit
+from cupel.scan.judging import Judging
 from cupel.scan.neural_cleanse import anomaly_index
-from cupel.scan.passes import Passes, peak_memory_mib
+from cupel.scan.passes import Passes
 from cupel.scan.reference import Decision, against, check_reference
 from cupel.seeds import Seed
-from cupel.settings import Fraction, Positive, PositiveInt, canonical, digest, settings
+from cupel.settings import Fraction, Positive, PositiveInt, settings
 from cupel.types import Dataset, Evidence, Need, Reference, Verdict
 
 __all__ = ["SSLCleanse"]
 
-BUDGETS = ("smoke", "standard", "paper")
-TESTED = "one small universal stamp towards one cluster of the embeddings (mask-and-pattern inversion)"
 LEAST_CLUSTERS = 3
 FEW_CLUSTERS = 5
 CODE_CONSTANT = 0.6745
@@ -33,7 +31,7 @@ CODE_CONSTANT = 0.6745
 
 
 @settings
-class SSLCleanse:
+class SSLCleanse(Judging):
     """The smallest trigger towards each cluster of embeddings, and whether one is an outlier; label-free.
 
     Embeddings are clustered by k-means; for each cluster a mask m and a pattern Δ are searched that move images of the
@@ -56,6 +54,8 @@ class SSLCleanse:
         precision: Of the encoder's passes; bf16 is used where the hardware computes in it and the encoder's clean
             embeddings agree with float32.
 
+    Budgets: `smoke`, `standard`, and `paper` (as published: 1000 epochs of about 30 batches).
+
     Source: Zheng et al., SSL-Cleanse, ECCV 2024, arXiv:2303.09079, and its code.
     Deviations: the usual constant 1.4826 and true medians in the index; mask sizes instead of mask times pattern;
     embeddings of length 1; images without replacement; the budgets `smoke` and `standard`, with a larger rate; with
@@ -76,35 +76,20 @@ class SSLCleanse:
     toward: Literal["member", "centre"] = "member"
     threshold: Positive = 2.0
     precision: Literal["bf16", "fp32"] = "bf16"
+    method: ClassVar[str] = "ssl_cleanse"
+    budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "smoke": {"batch_size": 16},
+        "standard": {},
+        "paper": {"max_clusters": 30, "steps": 30_000, "lr": 0.1, "precision": "fp32"},
+    }
+    tested: ClassVar[str] = (
+        "one small universal stamp towards one cluster of the embeddings (mask-and-pattern inversion)"
+    )
     needs: ClassVar[frozenset[Need]] = frozenset()
     revision: ClassVar[int] = 1
 
-    @classmethod
-    def preset(cls, budget: str) -> SSLCleanse:
-        """Settings of a budget: `smoke`, `standard`, `paper` (as published).
-
-        Raises:
-            UsageError: no such budget.
-
-        Example:
-            >>> SSLCleanse.preset("standard").steps
-            40
-        """
-        if budget == "smoke":
-            return cls(batch_size=16)
-        if budget == "standard":
-            return cls()
-        if budget == "paper":  # 1000 epochs of about 30 batches
-            return cls(max_clusters=30, steps=30_000, lr=0.1, precision="fp32")
-        raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, BUDGETS))
-
-    @property
-    def name(self) -> str:
-        """Method and budget: `ssl_cleanse/smoke`; other settings get a digest."""
-        for budget in BUDGETS:
-            if self == SSLCleanse.preset(budget):
-                return f"ssl_cleanse/{budget}"
-        return "ssl_cleanse/" + digest(canonical(self, lambda path: path))[:8]
+    def _limit(self) -> float:
+        return self.threshold
 
     def scan(self, model: Encoder, clean: Dataset, seed: Seed, reference: Reference | None = None) -> Verdict:
         """Look for a cluster that is too easy to reach.
@@ -124,10 +109,10 @@ class SSLCleanse:
             DataError: images of another size or scale; a reference of another scanner or budget.
         """
         check_reference(reference, self.name)
+        if (said := self.unfit(model, clean)) is not None:
+            return said
         device = device_of(model.module)
-        if (reason := admit(model, clean, LEAST_IMAGES)) is not None:
-            return self._inconclusive(reason, device)
-        rows = torch.randperm(len(clean), generator=seed.child("images").torch())[: self.images]
+        rows = some_rows(clean, self.images, seed)
         images = clean.inputs[rows].to(device)
         with frozen(model.module):
             passes = Passes(model, images, self.precision)
@@ -140,7 +125,7 @@ class SSLCleanse:
             details = {"clusters": float(count), "images": float(len(images)), "knee": float(bent)}
             if count < LEAST_CLUSTERS:
                 why = f"the embeddings fall into {count} clusters, {LEAST_CLUSTERS} are needed"
-                return self._inconclusive(f"{why}; set num_clusters", device, details | passes.costs())
+                return self.inconclusive(f"{why}; set num_clusters", device, details | passes.costs())
             search = ClusterSearch(
                 self.steps, self.batch_size, self.lr, self.success, self.cost, self.cost_factor, self.patience,
                 self.toward,
@@ -167,7 +152,7 @@ class SSLCleanse:
         reached = int(found.found.sum())
         if reached < LEAST_CLUSTERS:
             why = f"a stamp was found towards {reached} of {len(sizes)} clusters, {LEAST_CLUSTERS} are needed{note}"
-            return self._inconclusive(why, device, details)
+            return self.inconclusive(why, device, details)
         anomaly = anomaly_index(sizes)
         details |= {"median": anomaly.median, "mad": anomaly.mad}
         details |= {f"index_{k}": one for k, one in enumerate(anomaly.each)}
@@ -185,7 +170,7 @@ class SSLCleanse:
         )
         if anomaly.worst is None or not anomaly.spread:
             why = f"most sizes are equal, which leaves nothing to compare with{note}"
-            return self._inconclusive(why, device, details, evidence)
+            return self.inconclusive(why, device, details, evidence)
         index = anomaly.worst
         details |= {"index": index, "index_as_coded": index * CODE_CONSTANT}
         words = (
@@ -198,18 +183,4 @@ class SSLCleanse:
         if isinstance(said, str):
             word: Literal["suspicious", "clean-by-test"] = "suspicious" if outliers else "clean-by-test"
             said = Decision(word, max(0.0, anomaly.median - self.threshold * anomaly.mad), f"{said}: {words}")
-        details |= {} if said.z is None else {"z": said.z}
-        return Verdict(
-            said.verdict, 1 - min(sizes), 1 - said.threshold, TESTED, evidence, details, said.reason, said.false_alarm,
-            peak_memory_mib(device),
-        )  # fmt: skip
-
-    def _inconclusive(
-        self,
-        why: str,
-        device: torch.device,
-        details: Mapping[str, float] | None = None,
-        evidence: tuple[Evidence, ...] = (),
-    ) -> Verdict:
-        peak = peak_memory_mib(device)
-        return Verdict("inconclusive", 0.0, self.threshold, TESTED, evidence, details or {}, why, peak_memory_mib=peak)
+        return self.concluded(said, 1 - min(sizes), evidence, details, device)

@@ -15,11 +15,8 @@ from cupel import metrics
 from cupel.encoders import Card, ImageEncoder
 from cupel.inference import features
 from cupel.progress import say
-from cupel.protocols import Scanner
-from cupel.purify import CBD
-from cupel.scan import shipped_reference
-from cupel.scan.decree import Decree
-from cupel.scan.pscan import PScan
+from cupel.protocols import Encoder, Purifier, Scanner
+from cupel.scan import SCANNERS, Decree, PScan, shipped_reference
 from cupel.seeds import Seed
 from cupel.types import Dataset, Evidence, Reference, Verdict
 
@@ -59,9 +56,23 @@ def default_chain(budget: str = "standard") -> list[Scanner]:
 
 
 def scanner_label(scanner: Any) -> str:
-    """A scanner's name in a chain: its method, and its variant where that is not the usual one."""
+    """A scanner's name in a chain: its method, and its variant where that is not the usual one.
+
+    Example:
+        >>> scanner_label(Decree(variant="linf"))
+        'decree-linf'
+    """
+    return _method(scanner) + _variant(scanner)
+
+
+def _method(scanner: Any) -> str:
+    known = [name for name, cls in SCANNERS.items() if type(scanner) is cls]
+    return known[0] if known else type(scanner).__name__.lower()
+
+
+def _variant(scanner: Any) -> str:
     variant = getattr(scanner, "variant", "stamp")
-    return type(scanner).__name__.lower() + ("" if variant == "stamp" else f"-{variant}")
+    return "" if variant == "stamp" else f"-{variant}"
 
 
 def together(each: Sequence[tuple[str, Verdict]]) -> Verdict:
@@ -130,7 +141,7 @@ def scan_encoder(
     for scanner in scanners:
         method, label = type(scanner).__name__, scanner_label(scanner)
         reference = reference_for(scanner, encoder.card)
-        draw = seed.child(method) if label == method.lower() else seed.child(method, label)
+        draw = seed.child(method, label) if _variant(scanner) else seed.child(method)
         verdict = scanner.scan(encoder, images.without_labels(method), draw, reference)
         say(f"  {label}: {verdict.verdict}  score {verdict.score:.3f}  threshold {verdict.threshold:.3f}")
         each.append((label, verdict))
@@ -166,10 +177,20 @@ def _stamped(images: Tensor, evidence: Evidence, boost: float = 2.0) -> Tensor:
     return (images.float() / 255 * (1 - mask) + pattern * mask).clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
+def _purified(
+    purifier: Any, encoder: ImageEncoder, images: Dataset, seed: Seed, evidence: Sequence[Evidence]
+) -> tuple[Encoder, Mapping[str, Sequence[float]]]:
+    """The purified encoder, and numbers of its training where the purifier tells any."""
+    if not hasattr(purifier, "purify_with_history"):
+        return purifier.purify(encoder, images, seed, evidence), {}
+    made: tuple[Encoder, Mapping[str, Sequence[float]]] = purifier.purify_with_history(encoder, images, seed, evidence)
+    return made
+
+
 def purify_encoder(
     encoder: ImageEncoder,
     images: Dataset,
-    purifier: CBD,
+    purifier: Purifier,
     scanners: Sequence[Scanner],
     seed: Seed,
     *,
@@ -180,7 +201,7 @@ def purify_encoder(
 
     Args:
         encoder: Left as it is.
-        images: Unlabelled images of the encoder's input size.
+        images: Of the encoder's input size; labels are kept from scanners, and from purifiers that need none.
         purifier: Settings.
         scanners: For evidence and for the re-scan.
         seed: Everything random; each round scans from new starts.
@@ -192,10 +213,10 @@ def purify_encoder(
     evidence, current, after = list(before.evidence), encoder, before
     history: Mapping[str, Sequence[float]] = {}
     done = 0
-    unlabelled = images.without_labels(type(purifier).__name__)
+    given = images if "labels" in purifier.needs else images.without_labels(type(purifier).__name__)
     for done in range(1, max_rounds + 1):
         say(f"  purify, round {done}")
-        made, history = purifier.purify_with_history(current, unlabelled, seed.child("purify", done), evidence)
+        made, history = _purified(purifier, current, given, seed.child("purify", done), evidence)
         assert isinstance(made, ImageEncoder)  # it returns the kind it was given
         current = made
         after, _ = scan_encoder(current, images, scanners, seed.child("scan", done))

@@ -12,7 +12,7 @@ from cupel.experiment.plan import Step, file_content
 from cupel.experiment.run import Runner
 from cupel.experiment.store import Artefact
 from cupel.progress import say
-from cupel.scan.mntd_meta import MetaReference, read_meta_reference
+from cupel.scan.mntd_reference import MetaReference, read_meta_reference
 from cupel.seeds import Seed
 from cupel.settings import canonical, digest
 from cupel.types import Dataset

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
-from cupel.errors import DataError
+from cupel.errors import DataError, SettingsError
 from cupel.inference import features
 from cupel.probe.finetune import FineTune, blocks_of
 from cupel.probe.linear import Linear
@@ -107,3 +108,62 @@ def test_blocks_of_a_resnet_end_with_its_last_stage():
 
     names = [type(part).__name__ for part in blocks_of(ResNet18(width_multiplier=0.125).build(Seed(0)).module)]
     assert names == ["Conv2d", "BatchNorm2d", "Sequential", "Sequential", "Sequential", "Sequential"]
+
+
+@pytest.mark.parametrize(("count", "drawn"), [(1, {"layer3"}), (2, {"layer2", "layer3"}), (9, None)])
+def test_the_last_blocks_are_drawn_anew(count, drawn):
+    encoder = small_encoder()
+    with torch.no_grad():
+        for part in encoder.module.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.weight.mul_(3)
+                part.bias.add_(1)
+                part.running_mean.add_(5)
+    made = FineTune(reinitialise=count, steps=0).fit(encoder, DATA, Seed(0)).encoder
+    blocks = {name for name, _ in encoder.module.backbone.named_children()}
+    drawn = drawn or {name for name in blocks if any(True for _ in getattr(encoder.module.backbone, name).parameters())}
+    assert changed(encoder.module, made.module) == drawn
+    for name, part in made.module.backbone.named_modules():
+        if name.split(".")[0] not in drawn:
+            continue
+        if isinstance(part, nn.BatchNorm2d):
+            assert bool((part.weight == 1).all())
+            assert bool((part.bias == 0).all())
+            assert bool((part.running_mean == 0).all())
+            assert bool((part.running_var == 1).all())
+        if isinstance(part, nn.Conv2d):
+            field = part.weight[0, 0].numel()
+            bound = (6 / (field * (part.in_channels + part.out_channels))) ** 0.5  # Glorot and Bengio, 2010, eq. 16
+            assert 0.9 * bound < float(part.weight.detach().abs().max()) <= bound
+            assert abs(float(part.weight.detach().std()) - bound / 3**0.5) < 0.1 * bound
+    again, other = (FineTune(reinitialise=count, steps=0).fit(encoder, DATA, Seed(s)).encoder for s in (0, 1))
+    assert not changed(made.module, again.module)
+    assert changed(made.module, other.module)
+
+
+def test_the_head_starts_at_the_encoder_with_new_blocks():
+    made = FineTune(reinitialise=1, steps=0).fit(small_encoder(), DATA, Seed(0))
+    h = features(made.encoder, DATA)
+    probe = Linear(normalise=False, subsample=1.0).fit_features(h, DATA.labels, 4, Seed(0))
+    assert torch.equal(made.head(h), probe(h))
+
+
+def test_new_blocks_that_are_not_trained_are_refused():
+    with pytest.raises(SettingsError, match="2 blocks are drawn anew, but only 1 trained"):
+        FineTune(reinitialise=2, blocks=1)
+    FineTune(reinitialise=2, blocks=2)
+
+
+def test_a_tuned_encoder_carries_every_manifest():
+    own, images = {"attack": "badencoder"}, {"attack": "badnets"}
+    poisoned = dataclasses.replace(DATA, manifest=images)
+    plain, attacked = small_encoder(), small_encoder().copy(manifest=own)
+    probe = FineTune(steps=1)
+    assert probe.fit(plain, DATA, Seed(0)).encoder.card.manifest is None
+    assert probe.fit(attacked, DATA, Seed(0)).encoder.card.manifest == own
+    assert probe.fit(plain, poisoned, Seed(0)).encoder.card.manifest == images
+    assert probe.fit(attacked, poisoned, Seed(0)).encoder.card.manifest == {**own, "trained_on": images}
+    redrawn = FineTune(steps=1, reinitialise=1)
+    assert redrawn.fit(attacked, DATA, Seed(0)).encoder.card.manifest == own
+    start = nn.Linear(attacked.width, 4)
+    assert probe.tuned(attacked, start, poisoned, Seed(0)).encoder.card.manifest == {**own, "trained_on": images}

@@ -12,6 +12,7 @@ from cupel.encoders import ENCODERS, Fast, ImageEncoder
 from cupel.errors import SettingsError
 from cupel.inference import features
 from cupel.protocols import Batch
+from cupel.purify.base import copied
 from cupel.purify.bcu import (
     BCU,
     BCULearner,
@@ -22,7 +23,7 @@ from cupel.purify.bcu import (
     softened_loss,
     temperature_at,
 )
-from cupel.purify.unlabelled import copied, fresh_copy
+from cupel.purify.unlabelled import fresh_copy
 from cupel.seeds import Seed
 from toys import blobs, small_encoder, trained_encoder
 

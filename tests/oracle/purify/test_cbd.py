@@ -17,7 +17,8 @@ from cupel.inversion import concentration
 from cupel.progress import request_stop
 from cupel.protocols import Batch, Encoder
 from cupel.purify import CBD, PURIFIERS
-from cupel.purify.cbd import CBDLearner
+from cupel.purify.cbd_learner import CBDLearner
+from cupel.purify.evidence import usable_evidence
 from cupel.scan import Decree
 from cupel.seeds import Seed
 from cupel.types import Dataset, Evidence
@@ -65,7 +66,8 @@ def agreement(a: Encoder, b: Encoder, toy: Planted) -> float:
 
 
 def learner(settings: CBD, encoder: Encoder, data: Dataset, *evidence: Evidence) -> CBDLearner:
-    return CBDLearner(settings, encoder, encoder, features(encoder, data, dtype=torch.float32), evidence, Seed(3))
+    triggers = usable_evidence(evidence, encoder.input_size, None)
+    return CBDLearner(settings, encoder, encoder, features(encoder, data, dtype=torch.float32), triggers, Seed(3))
 
 
 def first_batch(data: Dataset, n: int = 32) -> Batch:
@@ -181,19 +183,19 @@ def test_augmented_views_have_the_frozen_embedding_of_the_same_view(cnn: ImageEn
     assert torch.equal(same_target, own)
 
 
-@pytest.mark.parametrize("bn", ["frozen", "eval_affine"])
-def test_batchnorm_statistics_never_move(cnn: ImageEncoder, toy: Planted, bn: Any) -> None:
+@pytest.mark.parametrize("mode", ["frozen", "eval_affine"])
+def test_batchnorm_statistics_never_move(cnn: ImageEncoder, toy: Planted, mode: Any) -> None:
     before = weights(cnn)
-    purified = CBD(**SHORT, bn=bn).purify(cnn, toy.images, Seed(0))
+    purified = CBD(**SHORT, batch_norm=mode).purify(cnn, toy.images, Seed(0))
     assert same(before, weights(cnn))
     after = weights(purified)
     for name in before:
         buffer, affine = "running" in name or "num_batches" in name, ".bn" in name or "downsample.1" in name
-        if buffer or (affine and bn == "frozen"):
+        if buffer or (affine and mode == "frozen"):
             assert torch.equal(before[name], after[name]), name
     assert not torch.equal(before["backbone.conv1.weight"], after["backbone.conv1.weight"])
-    assert torch.equal(before["backbone.bn1.weight"], after["backbone.bn1.weight"]) == (bn == "frozen")
-    assert all((weight.requires_grad and weight.grad is None) or bn for weight in purified.module.parameters())
+    assert torch.equal(before["backbone.bn1.weight"], after["backbone.bn1.weight"]) == (mode == "frozen")
+    assert all((weight.requires_grad and weight.grad is None) for weight in purified.module.parameters())
 
 
 def test_the_given_encoder_stays_and_labels_are_not_touched(cnn: ImageEncoder, toy: Planted) -> None:
@@ -252,7 +254,7 @@ def test_a_resumed_run_equals_the_unbroken_one(
 def test_a_collapse_is_an_error(cnn: ImageEncoder, toy: Planted) -> None:
     """Nothing holds the embeddings: a constant encoder is the minimum, and the pull finds it."""
     bad = CBD(mode="pgd-linf", epsilon=0.1, anchor="self", lambda_anchor=0.0, pull="cosine", augmented_anchor=False,
-              bn="eval_affine", steps=40, batch_size=32, lr=0.5, schedule="constant")  # fmt: skip
+              batch_norm="eval_affine", steps=40, batch_size=32, lr=0.5, schedule="constant")  # fmt: skip
     with pytest.raises(CupelError, match="embeddings collapse") as caught:
         bad.purify(cnn, toy.images, Seed(0))
     assert "anchor" in caught.value.todo

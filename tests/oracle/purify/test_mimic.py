@@ -10,9 +10,10 @@ from torch import Tensor
 from cupel.encoders import Fast, ImageEncoder
 from cupel.errors import SettingsError
 from cupel.protocols import Batch
+from cupel.purify.base import copied
 from cupel.purify.mimic import MIMIC, MIMICLearner, attention, attention_distance, stage_weights
 from cupel.purify.mine import donsker_varadhan, mutual_information
-from cupel.purify.unlabelled import copied, fresh_copy
+from cupel.purify.unlabelled import fresh_copy
 from cupel.seeds import Seed
 from toys import blobs, small_encoder
 

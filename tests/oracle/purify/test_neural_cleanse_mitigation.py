@@ -12,8 +12,9 @@ from cupel.errors import DataError, LabelsWithheld
 from cupel.inference import classify, features
 from cupel.inversion.classwise import ClassSearch
 from cupel.probe import Linear
-from cupel.purify.neural_cleanse_prune import NeuralCleansePrune, pruning_order, silence
+from cupel.purify.neural_cleanse_prune import NeuralCleansePrune, pruning_order
 from cupel.purify.neural_cleanse_unlearn import NeuralCleanseUnlearn
+from cupel.purify.silencing import silence
 from cupel.seeds import Seed
 from cupel.types import Dataset, Evidence
 from fingerprints import model_print, same_state
@@ -67,10 +68,10 @@ def test_evidence_is_used_and_checked() -> None:
         NeuralCleanseUnlearn(steps=4, batch_size=16, search=nothing).purify(hijacked(0.0), bars(), Seed(0))
 
 
-@pytest.mark.parametrize("bn", ["frozen", "eval_affine", "train"])
-def test_batch_norm_is_touched_as_said(bn: str) -> None:
+@pytest.mark.parametrize("mode", ["frozen", "eval_affine", "train"])
+def test_batch_norm_is_touched_as_said(mode: str) -> None:
     data, encoder = blobs(128), small_encoder()
-    method = NeuralCleanseUnlearn(steps=3, batch_size=16, bn=bn)
+    method = NeuralCleanseUnlearn(steps=3, batch_size=16, batch_norm=mode)
     made = method.purify(encoder, data, Seed(0), [pixel_evidence(16)])
     changed = {
         name.rpartition(".")[2]
@@ -79,7 +80,7 @@ def test_batch_norm_is_touched_as_said(bn: str) -> None:
     }
     wanted = {"frozen": set(), "eval_affine": {"weight", "bias"}}
     statistics = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-    assert changed == wanted.get(bn, statistics)
+    assert changed == wanted.get(mode, statistics)
 
 
 def test_zero_steps_change_nothing() -> None:
@@ -96,7 +97,7 @@ def test_silenced_dimensions_are_zero_and_the_others_as_they_were(architecture: 
     images = torch.randint(0, 256, (40, 3, encoder.input_size, encoder.input_size), generator=Seed(1).torch())
     images = images.to(torch.uint8)
     before = features(encoder, images, dtype=torch.float32)
-    silence(encoder, torch.tensor([1, 5]), images[:8])
+    silence(encoder, torch.tensor([1, 5]), images[:8], "it")
     after = features(encoder, images, dtype=torch.float32)
     assert not after[:, [1, 5]].any()
     assert before[:, [1, 5]].any()

@@ -12,8 +12,8 @@ from cupel.encoders import ImageEncoder
 from cupel.errors import DataError, SettingsError
 from cupel.inference import features
 from cupel.protocols import Batch
+from cupel.purify.base import copied
 from cupel.purify.scu import SCU, SCULearner, cluster_mates, k_means, nearest_others
-from cupel.purify.unlabelled import copied
 from cupel.seeds import Seed
 from cupel.types import Evidence
 from planted import planted, unit

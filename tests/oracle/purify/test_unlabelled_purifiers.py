@@ -109,13 +109,13 @@ class Flattening(UnlabelledPurifier):
     title: ClassVar[str] = "flattening"
     revision: ClassVar[int] = 1
 
-    def tune(self, encoder: Any, given: Any, clean: Any, seed: Any, evidence: Any, checkpoint: Any) -> Any:
+    def tune(self, job: Any, given: Any) -> Any:
         with torch.no_grad():
-            last = encoder.module.backbone.layer3
+            last = job.encoder.module.backbone.layer3
             last.bn2.weight.zero_()
             last.bn2.bias.fill_(1.0)
             last.downsample[1].weight.mul_(1e-6)
-        return encoder, {}
+        return job.encoder, {}
 
 
 def test_a_collapse_is_an_error() -> None:

@@ -17,19 +17,15 @@ from cupel.scan.mntd import MNTD, judged
 from cupel.scan.mntd_encoder import MNTDEncoder
 from cupel.scan.mntd_jumbo import TrojanStamp, draw_trojan, num_poisoned
 from cupel.scan.mntd_meta import (
-    Answer,
-    Meta,
-    MetaReference,
     MetaTraining,
     area_under_curve,
     cosines_of,
     one_class_bound,
     one_class_loss,
-    read_meta_reference,
     standardised,
-    threshold_at,
     train_meta,
 )
+from cupel.scan.mntd_reference import Answer, Meta, MetaReference, read_meta_reference, threshold_at
 from cupel.scan.mntd_shadows import ShadowNets, poisoned_rows, train_shadows
 from cupel.seeds import Seed
 from cupel.types import Reference

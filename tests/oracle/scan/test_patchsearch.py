@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cupel.errors import DataError
 from cupel.scan.patch_classifier import PatchClassifier, f1_score, paste_some
-from cupel.scan.patchsearch import PatchSearch, _Scorer, best_windows, k_means, survivors
+from cupel.scan.patch_scores import Scorer, best_windows, k_means
+from cupel.scan.patchsearch import PatchSearch, survivors
 from cupel.seeds import Seed
 from cupel.types import Dataset
 from fingerprints import data_print, model_print
@@ -161,7 +162,7 @@ def test_without_a_shortcut_no_patch_moves_images() -> None:
         encoder.module.maps.colour.weight.zero_()
     z = torch.nn.functional.normalize(encoder(torch.as_tensor(data.inputs).float() / 255).detach(), dim=1)
     centres, own = k_means(z, 3, Seed(0))
-    scorer = _Scorer(QUICK, encoder, data, centres, own, torch.arange(50), Seed(1))
+    scorer = Scorer(QUICK.window, QUICK.cam_side, encoder, data, centres, own, torch.arange(50), Seed(1))
     assert [scorer.score(row) for row in (0, 50, 77)] == [0, 0, 0]
 
 
@@ -178,7 +179,7 @@ def test_candidate_patch_holds_the_glyph() -> None:
     data, encoder = glyph_set(), GlyphEncoder(GlyphNet(40.0).eval())
     z = torch.nn.functional.normalize(encoder(torch.as_tensor(data.inputs).float() / 255).detach(), dim=1)
     centres, own = k_means(z, 20, Seed(0))
-    scorer = _Scorer(QUICK, encoder, data, centres, own, torch.arange(50), Seed(1))
+    scorer = Scorer(QUICK.window, QUICK.cam_side, encoder, data, centres, own, torch.arange(50), Seed(1))
     bright = [float((scorer.patch(int(row)) == 255).float().mean()) for row in POISONED]
     assert sum(one > 0.15 for one in bright) >= 6
 

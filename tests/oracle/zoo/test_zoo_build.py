@@ -16,7 +16,7 @@ from cupel.experiment.run import Runner
 from cupel.feature_store import weights_sha256
 from cupel.records import Record
 from cupel.scan import Decree
-from cupel.scan.mntd_meta import Meta, MetaReference
+from cupel.scan.mntd_reference import Meta, MetaReference
 from cupel.seeds import Seed
 from cupel.types import Verdict
 from cupel.zoo.command import zoo_build, zoo_table

@@ -1,0 +1,56 @@
+"""Methods with named budgets: settings by the budget's name, and the name by the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from cupel.errors import UsageError, did_you_mean
+from cupel.settings import canonical, digest
+
+__all__ = ["Budgeted"]
+
+
+class Budgeted:
+    """Base of settings that know `smoke`, `standard` and `paper`.
+
+    Calibrations are found by `name`. Fields that a later release adds with a default change no name of a budget, so
+    calibrations stay valid.
+
+    Attributes:
+        method: Name in the table of methods.
+        budgets: Settings by budget; what is not named has its default.
+    """
+
+    method: ClassVar[str]
+    budgets: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+    @classmethod
+    def preset(cls, budget: str) -> Self:
+        """Settings of a budget: `smoke`, `standard` or `paper`.
+
+        Raises:
+            UsageError: no such budget.
+        """
+        if budget not in cls.budgets:
+            raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, cls.budgets))
+        return cls(**cls.budgets[budget])
+
+    @property
+    def name(self) -> str:
+        """Method and budget, as references state it: `decree/smoke`; other settings get a digest."""
+        for budget in self.budgets:
+            if self == self._alike(budget):
+                return f"{self.method}/{self._kind()}{budget}"
+        return self._name_of_its_own()
+
+    def _alike(self, budget: str) -> Self:
+        """The preset that these settings are compared with."""
+        return self.preset(budget)
+
+    def _kind(self) -> str:
+        """What stands before the budget in the name."""
+        return ""
+
+    def _name_of_its_own(self) -> str:
+        return f"{self.method}/{self._kind()}" + digest(canonical(self, lambda path: path))[:8]
