@@ -49,6 +49,15 @@ class Format(StrEnum):
     json = "json"
 
 
+class ScanFormat(StrEnum):
+    """Output of a scan on standard output: for people, for scripts, for build servers."""
+
+    text = "text"
+    json = "json"
+    sarif = "sarif"
+    junit = "junit"
+
+
 class TableFormat(StrEnum):
     """Forms of a report."""
 
@@ -121,16 +130,19 @@ def scan(
     encoder: EncoderFile,
     images: ImageSource,
     arch: Arch = None,
-    scanner: Annotated[list[str] | None, typer.Option(help="Scanner; repeat for several.")] = None,
+    scanner: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[,NAME]", help="Scanners; default: the chain of label-free ones."),
+    ] = None,
     budget: Annotated[Budget, typer.Option()] = Budget.standard,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for result.json, report.html and evidence.")] = Path("cupel-scan"),
-    format_: Annotated[Format, typer.Option("--format")] = Format.text,
+    format_: Annotated[ScanFormat, typer.Option("--format")] = ScanFormat.text,
 ) -> int:
     """Look for a backdoor without labels."""
     from cupel import commands
 
-    return commands.scan(encoder, images, arch, scanner or ["decree"], budget.value, seed, out, format_.value)
+    return commands.scan(encoder, images, arch, scanner or [], budget.value, seed, out, format_.value)
 
 
 @app.command()
@@ -139,18 +151,21 @@ def purify(
     images: ImageSource,
     out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="The purified encoder.")],
     arch: Arch = None,
-    purifier: Annotated[str, typer.Option(help="Purifier.")] = "cbd",
+    purifier: Annotated[str, typer.Option(metavar="NAME", help="Purifier.")] = "cbd",
     evidence: Annotated[Path | None, typer.Option(metavar="DIR", help="A scan's --out; default: scan first.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(metavar="SRC", help="Labelled images, for a purifier that needs them.")
+    ] = None,
     budget: Annotated[Budget, typer.Option()] = Budget.standard,
     changes: Changes = None,
     seed: Seed = 0,
     format_: Annotated[Format, typer.Option("--format")] = Format.text,
 ) -> int:
-    """Remove a backdoor without labels, then scan again."""
+    """Remove a backdoor, without labels unless the purifier needs them, then scan again."""
     from cupel import commands
 
     return commands.purify(
-        encoder, images, out, arch, purifier, evidence, budget.value, changes or [], seed, format_.value
+        encoder, images, out, arch, purifier, evidence, labels, budget.value, changes or [], seed, format_.value
     )
 
 

@@ -17,20 +17,31 @@ from cupel import threads
 from cupel.data import load, splits_of
 from cupel.encoders import ENCODERS, Architecture, ImageEncoder
 from cupel.encoders.storage import load_encoder, save_encoder
-from cupel.errors import DataError, SettingsError, UsageError, did_you_mean
+from cupel.errors import DataError, LabelsWithheld, SettingsError, UsageError, did_you_mean
 from cupel.experiment import cells, plan, read_experiment, run_cells
 from cupel.experiment.run import cell_name
 from cupel.experiment.store import Store
 from cupel.files import write_arrays, write_json
-from cupel.protocols import Scanner
-from cupel.purify import PURIFIERS
+from cupel.metrics import check_labels
+from cupel.protocols import Purifier, Scanner
+from cupel.purify import PURIFIERS, label_free
 from cupel.records import Record
 from cupel.report import load_cells, write_report
 from cupel.scan import SCANNERS
 from cupel.seeds import Seed
 from cupel.settings import OneOf, parse, settings
 from cupel.types import Dataset, Evidence, Verdict
-from cupel.vet import purify_encoder, scan_encoder, scan_evidence
+from cupel.vet import (
+    default_chain,
+    junit,
+    purify_encoder,
+    sarif,
+    scan_encoder,
+    scan_evidence,
+    scanner_label,
+    spoken,
+)
+from cupel.vet.spoken import counted_alarms
 
 __all__ = ["demo", "purify", "run", "scan"]
 
@@ -80,13 +91,25 @@ def _images(source: str, encoder: ImageEncoder) -> Dataset:
 
 
 def _scanners(names: Sequence[str], budget: str) -> list[Scanner]:
+    """The scanners of these names, several of which may stand in one text; without any, the default chain."""
+    chain = {scanner_label(one): one for one in default_chain(budget)}
     made = []
-    for name in names:
-        if name not in SCANNERS:
-            raise UsageError("--scanner", f"unknown scanner '{name}'", did_you_mean(name, SCANNERS))
-        cls: Any = SCANNERS[name]
-        made.append(cls.preset(budget))
-    return made
+    for name in [part.strip() for text in names for part in text.split(",")]:
+        if name not in {**SCANNERS, **chain}:
+            raise UsageError("--scanner", f"unknown scanner '{name}'", did_you_mean(name, {**SCANNERS, **chain}))
+        cls: Any = SCANNERS.get(name)
+        scanner: Scanner = chain[name] if name in chain else cls.preset(budget)
+        if scanner.needs:
+            what = f"needs {' and '.join(sorted(scanner.needs))}, which a label-free scan does not give"
+            free = ", ".join(one for one in {**chain, **SCANNERS} if one in chain or not _needs(SCANNERS[one]))
+            error = LabelsWithheld if "labels" in scanner.needs else UsageError
+            raise error(name, what, f"name it in an experiment and `cupel run` that, or choose one of {free}")
+        made.append(scanner)
+    return made or list(chain.values())
+
+
+def _needs(cls: Any) -> frozenset[str]:
+    return frozenset(cls.needs)
 
 
 def _record(command: str, name: str, seed: int, start: float, **fields: Any) -> Record:
@@ -97,7 +120,7 @@ def _record(command: str, name: str, seed: int, start: float, **fields: Any) -> 
 
 
 def _line(label: str, text: str) -> None:
-    print(f"{label:<10}{text}")
+    print(f"{label:<10}{text}" if len(label) < 10 else f"{label}\n{'':<10}{text}")
 
 
 def _about(encoder: ImageEncoder, path: str, images: Dataset) -> None:
@@ -112,14 +135,16 @@ def _about(encoder: ImageEncoder, path: str, images: Dataset) -> None:
 
 
 def _spoken(verdict: Verdict) -> str:
-    alarms = ""
-    if verdict.false_alarm is not None:
-        rate, n = verdict.false_alarm
-        alarms = f"; false alarms on clean encoders {round(rate * n)}/{n}"
+    alarms = "" if verdict.false_alarm is None else f"; {counted_alarms(*verdict.false_alarm)}"
     return (
         f"{verdict.verdict.upper()}  score {verdict.score:.3f}, threshold {verdict.threshold:.3f}{alarms}"
         f"\n{'':<10}{verdict.reason}\n{'':<10}tested: {verdict.tested}"
     )
+
+
+def _values(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as it stands in result.json, with the memory it took."""
+    return {**verdict.to_json(), "peak_memory_mib": verdict.peak_memory_mib}
 
 
 def _evidence_arrays(verdict: Verdict, which: str) -> dict[str, np.ndarray[Any, Any]]:
@@ -150,17 +175,23 @@ def scan(
     if form == "text":
         _about(model, encoder, data)
     verdict, each = scan_encoder(model, data, scanners, Seed(seed).child("scan"))
-    extra = {"each": {name: one.to_json() for name, one in each}, "file": model.card.source}
-    record = _record("scan", Path(encoder).name, seed, start, verdicts={"scanned": verdict.to_json()}, extra=extra)
+    extra = {"each": {name: _values(one) for name, one in each}, "file": model.card.source}
+    record = _record("scan", Path(encoder).name, seed, start, verdicts={"scanned": _values(verdict)}, extra=extra)
     arrays = _evidence_arrays(verdict, "scanned")
     record = _save(record, arrays, out)
     write_report([(record, arrays)], out / "report.html", title=f"Scan of {Path(encoder).name}")
+    code = _CODES[verdict.verdict]
     if form == "json":
         print(json.dumps(record.to_json(), indent=1))
+    elif form == "sarif":
+        print(json.dumps(sarif(encoder, model.card.source, each, code), indent=1))
+    elif form == "junit":
+        print(junit(encoder, each, record.seconds["total"]))
     else:
-        _line("verdict", _spoken(verdict))
+        for label, text in spoken(verdict, each):
+            _line(label, text)
         _line("report", f"{out / 'report.html'}  {out / 'result.json'}")
-    return _CODES[verdict.verdict]
+    return code
 
 
 def _saved_verdict(folder: Path) -> Verdict:
@@ -178,8 +209,34 @@ def _saved_verdict(folder: Path) -> Verdict:
     return Verdict(**known, evidence=tuple(evidence))
 
 
+def _purifier(name: str, budget: str, changes: Sequence[str], labels: bool) -> Purifier:
+    """A purifier by name, with changed settings; `labels` tells whether there are labelled images for it."""
+    if name not in PURIFIERS:
+        raise UsageError("--purifier", f"unknown purifier '{name}'", did_you_mean(name, PURIFIERS))
+    cls: Any = PURIFIERS[name]
+    made = cls.preset(budget)
+    if changes:
+        wanted = _settings_of(changes, "--set")
+        checked = parse(cls, wanted, "--set")
+        made = dataclasses.replace(made, **{key: getattr(checked, key) for key in wanted})
+    if "labels" in made.needs and not labels:
+        todo = "give labelled images by --labels, or choose a label-free purifier: " + ", ".join(label_free())
+        raise UsageError("--purifier", f"'{name}' needs labels", todo)
+    if labels and "labels" not in made.needs:
+        raise UsageError("--labels", f"purifier '{name}' reads no labels", "leave the option out")
+    purifier: Purifier = made
+    return purifier
+
+
+def _labelled(source: str, encoder: ImageEncoder) -> Dataset:
+    """All images of a source, each of which must have a label."""
+    data = load(source, size=encoder.input_size, split=splits_of(source)[0])
+    check_labels(data.labels, data.num_classes, data.name)
+    return data
+
+
 def purify(
-    encoder: str, images: str, out: Path, arch: str | None, name: str, evidence: Path | None,
+    encoder: str, images: str, out: Path, arch: str | None, name: str, evidence: Path | None, labels: str | None,
     budget: str, changes: Sequence[str], seed: int, form: str,
 ) -> int:  # fmt: skip
     """`cupel purify`."""
@@ -187,21 +244,17 @@ def purify(
     threads.settle()
     if out.suffix != ".safetensors":
         raise UsageError("--out", f"'{out}' does not end in .safetensors", "weights are written in that format only")
-    if name not in PURIFIERS:
-        raise UsageError("--purifier", f"unknown purifier '{name}'", did_you_mean(name, PURIFIERS))
-    cls: Any = PURIFIERS[name]
-    purifier = cls.preset(budget)
-    if changes:
-        changed = {**dataclasses.asdict(purifier), **_settings_of(changes, "--set")}
-        purifier = parse(cls, changed, "--set")
-    if "labels" in purifier.needs:
-        raise UsageError(name, "needs labels", "choose a label-free purifier: " + ", ".join(PURIFIERS))
+    if out.resolve() == Path(encoder).resolve():
+        raise UsageError("--out", f"'{out}' is the encoder itself", "give another file: the given one stays as it is")
+    purifier = _purifier(name, budget, changes, labels is not None)
     before = _saved_verdict(evidence) if evidence else None
     model = _encoder(encoder, arch)
-    data = _images(images, model)
+    data, labelled = _images(images, model), None if labels is None else _labelled(labels, model)
     if form == "text":
         _about(model, encoder, data)
-    made = purify_encoder(model, data, purifier, _scanners(["decree"], budget), Seed(seed), before=before)
+        if labelled is not None:
+            _line("labels", f"{len(labelled)} images of {labelled.name}, {labelled.num_classes} classes")
+    made = purify_encoder(model, data, purifier, default_chain(budget), Seed(seed), before=before, labelled=labelled)
     save_encoder(made.encoder, out)
     verdicts = {"scanned": made.before.to_json(), "purified": made.after.to_json()}
     extra = {"rounds": made.rounds, "drift": made.drift, "residue": made.residue, "file": model.card.source}

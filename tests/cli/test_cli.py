@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -70,6 +71,12 @@ def test_help_lists_only_commands_that_work(capsys):
         (["scan"], 4, "missing"),
         (["scan", "x", "--images", "y", "--budget", "huge"], 4, "huge"),
         ([*SCAN, "--scanner", "decre"], 4, "did you mean 'decree'"),
+        ([*SCAN, "--scanner", "decree,psacn"], 4, "did you mean 'pscan'"),
+        ([*SCAN, "--scanner", "neural_cleanse"], 4, "neural_cleanse: needs labels"),
+        ([*SCAN, "--scanner", "decree", "--scanner", "mntd"], 4, "mntd: needs labels"),
+        ([*SCAN, "--scanner", "forensics"], 4, "forensics: needs reference"),
+        ([*SCAN, "--scanner", "mntd_encoder"], 4, "choose one of decree"),
+        ([*SCAN, "--format", "xml"], 4, "xml"),
         (["scan", "{root}/nowhere.pt", "--images", "{root}/pictures"], 2, "no such file"),
         (["scan", "{root}/encoder.safetensors", "--images", "{root}/nowhere"], 2, "nowhere"),
         (["scan", "{root}/empty.pt", "--images", "{root}/pictures"], 2, "empty"),
@@ -137,7 +144,14 @@ def test_scan_then_purify(folder, tmp_path, capsys):
     assert (tmp_path / "scan" / "report.html").stat().st_size > 5000
     out = capsys.readouterr().out
     assert verdict["verdict"].upper() in out
-    assert "tested:" in out
+    assert all(f"\n{label}" in out for label in ("found", "tested", "how sure", "next", "cost", "report"))
+    assert "no calibration for this architecture and recipe" in out
+    each = result["extra"]["each"]
+    assert list(each) == ["decree", "pscan", "decree-linf", "decree-frequency"]
+    for one in each.values():
+        assert one["details"]["forward_images"] > one["details"]["backward_images"] > 0
+        assert one["peak_memory_mib"] > 50
+    assert verdict["details"]["forward_images"] == sum(one["details"]["forward_images"] for one in each.values())
     code = call(
         "purify", folder / "encoder.safetensors", *arguments, "--out", tmp_path / "clean.safetensors",
         "--evidence", tmp_path / "scan", "--set", "steps=4", "--set", "batch_size=16",
@@ -153,6 +167,22 @@ def test_too_few_images_is_inconclusive_and_never_0(folder, tmp_path):
     for i in range(5):
         (few / f"{i}.png").write_bytes((folder / "pictures" / f"{i}.png").read_bytes())
     assert call("scan", folder / "encoder.safetensors", "--images", few, "--out", tmp_path / "out") == 3
+
+
+def test_scan_for_build_servers(folder, tmp_path, capsys):
+    arguments = ["scan", folder / "encoder.safetensors", "--images", folder / "pictures", "--budget", "smoke"]
+    arguments += ["--scanner", "indicators,decree-linf", "--out", tmp_path / "out"]
+    code = call(*arguments, "--format", "sarif")
+    log = json.loads(capsys.readouterr().out)
+    (run,) = log["runs"]
+    assert [one["id"] for one in run["tool"]["driver"]["rules"]] == ["indicators", "decree-linf"]
+    assert run["invocations"] == [{"executionSuccessful": True, "exitCode": code}]
+    assert call(*arguments, "--format", "junit") == code
+    suites = ElementTree.fromstring(capsys.readouterr().out)
+    assert [one.get("name") for one in suites.iter("testcase")] == ["indicators", "decree-linf"]
+    assert (int(suites.get("failures")) > 0) == (code == 1)
+    assert call(*arguments, "--format", "json") == code
+    assert list(json.loads(capsys.readouterr().out)["extra"]["each"]) == ["indicators", "decree-linf"]
 
 
 def test_constant_images_are_inconclusive(folder, tmp_path):

@@ -15,10 +15,9 @@ from cupel.experiment.cost import counting
 from cupel.experiment.plan import Step
 from cupel.experiment.store import Artefact
 from cupel.experiment.values import Context, Value, curves
-from cupel.inference import FrozenProbe, triggered
-from cupel.purify.labelled import linear_head
+from cupel.inference import triggered
 from cupel.scan import MetaReference
-from cupel.types import Dataset, Evidence, Goal, Poisoned, Reference
+from cupel.types import Dataset, Goal, Poisoned, Reference
 from cupel.vet import scan_evidence
 
 __all__ = ["certify", "filtered", "own_head", "purify", "reference", "retune", "scan"]
@@ -64,16 +63,17 @@ def purify(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
     encoder, images, purifier = inputs[0].encoder, inputs[1], step.method
     data = _shown(purifier, images.data if isinstance(images, Poisoned) else images)
     arrays: dict[str, np.ndarray[Any, Any]] = {}
+    scans = inputs[3:] if "labels" in purifier.needs else inputs[2:]
+    evidence = [e for one in scans for e in scan_evidence(one.values["verdict"], one.arrays)]
     with counting() as cost:
         if "labels" in purifier.needs:
             train = inputs[2].data if isinstance(inputs[2], Poisoned) else inputs[2]
-            start = FrozenProbe(encoder, linear_head(encoder, train, purifier.head_l2))
-            tuned, history = purifier.purify_classifier(start, data, step.seed, checkpoint=context.checkpoint)
+            start = purifier.classifier(encoder, train, step.seed.child("start"))
+            tuned, history = purifier.purify_classifier(start, data, step.seed, evidence, checkpoint=context.checkpoint)
             made = tuned.encoder
-            arrays = {f"head/{k}": v.detach().cpu().numpy() for k, v in tuned.head.state_dict().items()}
-            evidence: list[Evidence] = []
+            if isinstance(tuned.head, nn.Linear):
+                arrays = {f"head/{k}": v.detach().cpu().numpy() for k, v in tuned.head.state_dict().items()}
         else:
-            evidence = [e for one in inputs[2:] for e in scan_evidence(one.values["verdict"], one.arrays)]
             made, history = purifier.purify_with_history(
                 encoder, data, step.seed, evidence, checkpoint=context.checkpoint
             )
@@ -85,7 +85,7 @@ def purify(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
 
 
 def own_head(made: Artefact) -> nn.Linear | None:
-    """The head that a purifier tuned along with the encoder, if it did."""
+    """The head that a purifier tuned along with the encoder, if it did and the head is one linear layer."""
     if "head/weight" not in made.arrays:
         return None
     weight, bias = (torch.from_numpy(np.array(made.arrays[f"head/{part}"])) for part in ("weight", "bias"))

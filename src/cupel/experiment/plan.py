@@ -198,12 +198,10 @@ class _Plan(Steps):
         given = self.encoders["backdoored"]
         for i, purifier in enumerate(self.experiment.purify):
             which, name = _numbered("purified", i), method_name(purifier, PURIFIERS)
+            images, rest = self.defender, self.verdicts.get("backdoored", [])
             if "labels" in purifier.needs:
-                train_set = "train_set" in purifier.needs
-                images = self._poisoned(name) if train_set else self._labelled()
-                rest = [self._fitted_on(self.experiment.downstream[0], "backdoored")]  # what its head starts from
-            else:
-                images, rest = self.defender, self.verdicts.get("backdoored", [])
+                images = self._poisoned(name) if "train_set" in purifier.needs else self._labelled()
+                rest = [self._fitted_on(self.experiment.downstream[0], "backdoored"), *rest]  # its head's images first
             self.encoders[which] = self.add("purify", f"purify {name}", purifier, given, images, *rest)
             self.scan(which)
 

@@ -39,6 +39,10 @@ _NAMES = {
         "retuned_accuracy": "retuned_accuracy_baseline",
         "retuned_attack_success_rate": "retuned_attack_success_rate_baseline",
     },
+    "purified": {
+        "retuned_accuracy": "retuned_accuracy",
+        "retuned_attack_success_rate": "retuned_attack_success_rate",
+    },
     "backdoored": {
         "accuracy": "backdoored_accuracy",
         "attack_success_rate": "attack_success_rate",
@@ -265,7 +269,7 @@ def _mistaken(task: str, references: Mapping[str, Any]) -> str:
 def _metric_name(which: str, kind: str) -> str:
     """What a score is called in the record; `kind` may end in `@` and a distortion."""
     base, _, distortion = kind.partition("@")
-    name = _NAMES[which][base] if which in _NAMES else f"{which}_{base}".replace("-", "_")
+    name = _NAMES.get(which, {}).get(base, f"{which}_{base}".replace("-", "_"))
     return f"{name}_{distortion}" if distortion else name
 
 

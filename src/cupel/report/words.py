@@ -42,6 +42,7 @@ class Word:
 _HIT = "Share of images with the trigger, not of the target class, that are taken for the target class"
 _RIGHT = "Share of test images without trigger that are classified right"
 _STILL = "Share of images with the trigger, not of the target class, that are still classified right"
+_RETUNED = "Encoder and head were first tuned on few images, five of them poisoned: a hidden backdoor wakes up."
 _INTERVAL = (
     "Where the true value plausibly lies: Wilson's interval over the images for one or two seeds, "
     "Student's t over the seeds from three on. It does not cover what another pre-training run would change."
@@ -56,6 +57,10 @@ METRICS: Mapping[str, Word] = {
     "robust_accuracy_baseline": Word("RA-B", "Robust accuracy before the attack", f"{_STILL}, before the attack."),
     "robust_accuracy": Word("RA", "Robust accuracy", f"{_STILL}, on the attacked encoder."),
     "purified_robust_accuracy": Word("purified RA", "Robust accuracy after purification", f"{_STILL}, afterwards."),
+    "retuned_accuracy_baseline": Word("retuned CA", "Accuracy of the retuned clean twin", f"{_RIGHT}. {_RETUNED}"),
+    "retuned_accuracy": Word("retuned accuracy", "Accuracy after retuning", f"{_RIGHT}. {_RETUNED}"),
+    "retuned_attack_success_rate_baseline": Word("RetASR-B", "ASR of the retuned clean twin", f"{_HIT}. {_RETUNED}"),
+    "retuned_attack_success_rate": Word("RetASR", "ASR after purification and retuning", f"{_HIT}. {_RETUNED}"),
 }
 GLOSSARY: tuple[tuple[str, str], ...] = (
     ("Encoder", "A network that turns an image into a list of numbers, its embedding. Others build classifiers on it."),
@@ -68,6 +73,8 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     ("ASR-B", f"{_HIT} before the attack, by chance." + " ASR means little unless it is far above it."),
     ("All samples", "The ASR counted over all test images, those of the target class included, as some papers do."),
     ("RA", f"Robust accuracy. {_STILL}. A defence that turns the attack into noise lowers ASR and RA alike."),
+    ("RetASR", "ASR after a short tuning with five poisoned images; far above RetASR-B, the backdoor only slept."),
+    ("Old head", "A classifier made before purification, on the purified encoder: it shows how far embeddings moved."),
     ("95 % interval", _INTERVAL),
     ("Scan", "A search for triggers that make all embeddings coincide; it sees neither labels nor the true trigger."),
     ("PL1", "The share of the image that the smallest found trigger covers. Small = suspicious."),

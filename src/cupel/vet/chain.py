@@ -195,6 +195,7 @@ def purify_encoder(
     seed: Seed,
     *,
     before: Verdict | None = None,
+    labelled: Dataset | None = None,
     max_rounds: int = 3,
 ) -> Vetted:
     """Purify, scan again, and repeat while a trigger is still found: each round looks for what the last one left.
@@ -206,6 +207,7 @@ def purify_encoder(
         scanners: For evidence and for the re-scan.
         seed: Everything random; each round scans from new starts.
         before: A scan that was already made; None = scan first.
+        labelled: What a purifier that needs labels works on; None = `images`. No other purifier sees it.
         max_rounds: At least 1.
     """
     if before is None:
@@ -213,7 +215,9 @@ def purify_encoder(
     evidence, current, after = list(before.evidence), encoder, before
     history: Mapping[str, Sequence[float]] = {}
     done = 0
-    given = images if "labels" in purifier.needs else images.without_labels(type(purifier).__name__)
+    given = images.without_labels(type(purifier).__name__)
+    if "labels" in purifier.needs:
+        given = images if labelled is None else labelled
     for done in range(1, max_rounds + 1):
         say(f"  purify, round {done}")
         made, history = _purified(purifier, current, given, seed.child("purify", done), evidence)

