@@ -13,6 +13,7 @@ from cupel.attack import (
     LatentBackdoor,
     NeuBA,
     SSLBackdoor,
+    TransferBackdoor,
     TrojanNNModel,
 )
 from cupel.checkpoint import inspect_file
@@ -68,6 +69,7 @@ __all__ = [
     "Seed",
     "SimCLR",
     "Supervised",
+    "TransferBackdoor",
     "TrojanNNModel",
     "cells",
     "inspect_file",

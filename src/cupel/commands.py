@@ -194,7 +194,8 @@ def scan(
     return code
 
 
-def _saved_verdict(folder: Path) -> Verdict:
+def _saved_scan(folder: Path) -> tuple[Verdict, list[str]]:
+    """The verdict of an earlier scan with its evidence, and the scanners it was made with."""
     record = Record.read(folder / "result.json")
     if "scanned" not in record.verdicts or record.arrays is None:
         raise DataError(folder, "holds no scan with evidence", "give the --out folder of `cupel scan`")
@@ -206,7 +207,7 @@ def _saved_verdict(folder: Path) -> Verdict:
     except (OSError, ValueError, KeyError) as error:
         raise DataError(folder / record.arrays, f"is damaged ({type(error).__name__})", "scan again") from None
     known = {k: plain[k] for k in ("verdict", "score", "threshold", "tested", "details", "reason")}
-    return Verdict(**known, evidence=tuple(evidence))
+    return Verdict(**known, evidence=tuple(evidence)), list(record.extra.get("each", ()))
 
 
 def _purifier(name: str, budget: str, changes: Sequence[str], labels: bool) -> Purifier:
@@ -247,14 +248,15 @@ def purify(
     if out.resolve() == Path(encoder).resolve():
         raise UsageError("--out", f"'{out}' is the encoder itself", "give another file: the given one stays as it is")
     purifier = _purifier(name, budget, changes, labels is not None)
-    before = _saved_verdict(evidence) if evidence else None
+    before, names = _saved_scan(evidence) if evidence else (None, [])
+    scanners = _scanners(names, budget)
     model = _encoder(encoder, arch)
     data, labelled = _images(images, model), None if labels is None else _labelled(labels, model)
     if form == "text":
         _about(model, encoder, data)
         if labelled is not None:
             _line("labels", f"{len(labelled)} images of {labelled.name}, {labelled.num_classes} classes")
-    made = purify_encoder(model, data, purifier, default_chain(budget), Seed(seed), before=before, labelled=labelled)
+    made = purify_encoder(model, data, purifier, scanners, Seed(seed), before=before, labelled=labelled)
     save_encoder(made.encoder, out)
     verdicts = {"scanned": made.before.to_json(), "purified": made.after.to_json()}
     extra = {"rounds": made.rounds, "drift": made.drift, "residue": made.residue, "file": model.card.source}

@@ -18,6 +18,7 @@ from PIL import Image
 from cupel import __version__
 from cupel.cli import main
 from cupel.encoders.storage import save_encoder
+from cupel.scan import Decree, PScan
 from toys import blobs, small_encoder, trained_encoder
 
 SCAN = ["scan", "{root}/encoder.safetensors", "--images", "{root}/pictures"]
@@ -40,6 +41,14 @@ def folder(tmp_path_factory):
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(pictures / f"{i}.png")
     save_encoder(trained_encoder(data, steps=20), root / "encoder.safetensors")
     return root
+
+
+@pytest.fixture(autouse=True)
+def _quick_scans(monkeypatch):
+    """Budgets are for encoders that are worth a scan."""
+    monkeypatch.setattr(Decree, "budgets", {**Decree.budgets, "smoke": {"steps": 30, "batch_size": 16}})
+    monkeypatch.setattr(Decree, "variant_budgets", {**Decree.variant_budgets, "smoke": {"num_seeds": 1, "steps": 5}})
+    monkeypatch.setattr(PScan, "budgets", {**PScan.budgets, "smoke": {"batch_size": 4, "steps": 3}})
 
 
 def one_line(capsys) -> str:
@@ -158,7 +167,10 @@ def test_scan_then_purify(folder, tmp_path, capsys):
     )  # fmt: skip
     assert code in (0, 1, 3)
     assert (tmp_path / "clean.safetensors").exists()
-    assert json.loads((tmp_path / "result.json").read_text())["command"] == "purify"
+    purified = json.loads((tmp_path / "result.json").read_text())
+    assert purified["command"] == "purify"
+    # what the first scan looked for is looked for again
+    assert purified["verdicts"]["purified"]["tested"] == verdict["tested"]
 
 
 def test_too_few_images_is_inconclusive_and_never_0(folder, tmp_path):

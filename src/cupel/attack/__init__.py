@@ -16,6 +16,7 @@ from cupel.attack.sig import SIG
 from cupel.attack.ssl_backdoor import SSLBackdoor
 from cupel.attack.trojannn_model import TrojanNNModel
 from cupel.attack.trojannn_poison import TrojanNNPoison
+from cupel.attack.wang2020 import TransferBackdoor
 from cupel.settings import registry
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "LatentBackdoor",
     "NeuBA",
     "SSLBackdoor",
+    "TransferBackdoor",
     "TrojanNNModel",
     "TrojanNNPoison",
 ]
@@ -45,6 +47,7 @@ ATTACKS: Mapping[str, type] = registry(
         "neuba": NeuBA,
         "latent_backdoor": LatentBackdoor,
         "trojannn_model": TrojanNNModel,
+        "transfer_backdoor": TransferBackdoor,
         "ssl_backdoor": SSLBackdoor,
         "nlb": NLB,
         "ctrl": CTRL,
