@@ -51,7 +51,9 @@ class DRUPE(Recipe):
     Args:
         trigger: For goals that name none of their own.
         lambda_reference, lambda_utility: λ1, λ2 ≥ 0.
-        l1_augment, l1_draws: As for BadEncoder.
+        l1_augment, l1_draws: As for BadEncoder. Stages 1 and 2 move the references apart, and augmented views need not
+            hold them: on digits, which must not be mirrored, they leave their class while L1 stays near −1, and with
+            them the triggered images do. There `False` keeps all in the class.
         warmup_epochs, attract_epochs: Length of stages 1 and 2 (the authors' ImageNet encoder: 1 and 1).
         projections: Random directions of W, drawn anew in each step.
         cost, cost_wasserstein: c and c₁ at the start.

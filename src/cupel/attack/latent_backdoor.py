@@ -158,6 +158,8 @@ class LatentBackdoor(Recipe):
     ) -> tuple[FrozenProbe, Implanted]:
         """As `implant`, and the teacher as published: the encoder with a head for the teacher's own classes."""
         data = known_images(attacker, clean.input_size, "latent_backdoor")
+        for recipe in (self.adapt, self):
+            recipe.steps_per_epoch(len(data), data.name)  # too few images are told before anything is trained
         device = device_of(clean.module)
         references = [_references(goal, clean.input_size).to(device) for goal in attacker.goals]
         masks = [mask_of(goal.trigger or self.trigger, clean.input_size) for goal in attacker.goals]

@@ -15,7 +15,8 @@ import torch
 
 import cupel
 from cupel.errors import CupelError, DataError, Interrupted
-from cupel.experiment.plan import VIRTUAL, Step, plan, task_names
+from cupel.experiment.collecting import Collected
+from cupel.experiment.plan import VIRTUAL, Step, plan
 from cupel.experiment.spec import Experiment
 from cupel.experiment.stages import STAGES
 from cupel.experiment.store import Artefact, Store
@@ -24,32 +25,10 @@ from cupel.feature_store import storing_features
 from cupel.files import write_arrays
 from cupel.implanting import file_content, shortened
 from cupel.progress import say
-from cupel.records import Metric, Record
+from cupel.records import Record
 from cupel.settings import canonical
 
 __all__ = ["cell_name", "run_cell", "run_cells"]
-
-# what the score of each encoder is called in the record
-_NAMES = {
-    "clean": {
-        "accuracy": "clean_accuracy",
-        "attack_success_rate": "attack_success_rate_baseline",
-        "attack_success_rate_all": "attack_success_rate_baseline_all",
-        "robust_accuracy": "robust_accuracy_baseline",
-        "retuned_accuracy": "retuned_accuracy_baseline",
-        "retuned_attack_success_rate": "retuned_attack_success_rate_baseline",
-    },
-    "purified": {
-        "retuned_accuracy": "retuned_accuracy",
-        "retuned_attack_success_rate": "retuned_attack_success_rate",
-    },
-    "backdoored": {
-        "accuracy": "backdoored_accuracy",
-        "attack_success_rate": "attack_success_rate",
-        "attack_success_rate_all": "attack_success_rate_all",
-        "robust_accuracy": "robust_accuracy",
-    },
-}
 
 
 class Runner:
@@ -154,7 +133,12 @@ def run_cell(
                 say(f"[{i}/{len(steps)}] {step.name}" + (" (stored)" if there else ""))
             with storing_features(store.root / "features"):
                 runner.value(step)
-        return _collect(base, experiment, steps, runner, time.monotonic() - start)
+        collected = Collected(experiment)
+        for step in steps:
+            if step.stage not in VIRTUAL:
+                collected.add(step, runner.value(step))
+        base = dataclasses.replace(base, seconds=_seconds(runner.log, time.monotonic() - start), steps=runner.log)
+        return collected.finish(base), collected.arrays
     except Interrupted:
         raise
     except CupelError as error:
@@ -166,116 +150,12 @@ def run_cell(
         return dataclasses.replace(base, status="failed", reason=reason, steps=runner.log, extra=extra), {}
 
 
-def _collect(
-    base: Record, experiment: Experiment, steps: Sequence[Step], runner: Runner, total: float
-) -> tuple[Record, dict[str, np.ndarray[Any, Any]]]:
-    metrics: dict[str, Metric] = {}
-    companions: dict[str, Any] = {}
-    aims: dict[str, int | None] = {}  # some attacks choose their class
-    several = len(experiment.downstream) > 1
-    verdicts: dict[str, Any] = {}
-    scans: dict[str, dict[str, Any]] = {}
-    defences: dict[str, Any] = {}
+def _seconds(log: Sequence[Mapping[str, Any]], total: float) -> dict[str, float]:
+    """Seconds by stage."""
     seconds: dict[str, float] = {}
-    arrays: dict[str, np.ndarray[Any, Any]] = {}
-    references: dict[str, Any] = {}
-    for row in runner.log:
+    for row in log:
         seconds[row["stage"]] = round(seconds.get(row["stage"], 0.0) + row["seconds"], 3)
-    for step in steps:
-        if step.stage in VIRTUAL:
-            continue
-        value: Artefact = runner.value(step)
-        if step.stage == "score":
-            task, which = step.method["task"], step.name.rpartition(": ")[2]
-            for kind, counts in value.values["counts"].items():
-                name = _metric_name(which, kind)
-                metrics[(f"{task}/" if several else "") + name] = Metric.of([tuple(c) for c in counts])
-            companions[step.name] = {**value.values["companions"], "tails": value.values["tails"]}
-            if "landings" in value.values:
-                companions[step.name]["landings"] = value.values["landings"]
-            if which == "backdoored" or task not in aims:
-                aims[task] = value.values["target_class"]
-        elif step.stage == "scan":
-            head, _, which = step.name.rpartition(": ")
-            verdicts[which] = _worse(verdicts.get(which), value.values["verdict"])
-            cost = {"peak_memory_mib": value.values.get("peak_memory_mib")}
-            scans.setdefault(which, {})[head.removeprefix("scan ")] = {**value.values["verdict"], **cost}
-        elif step.stage in ("certify", "retune"):
-            head, _, which = step.name.rpartition(": ")
-            prefix = f"{task}/" if several and (task := step.method["task"]) else ""
-            for kind, counts in value.values["counts"].items():
-                if step.stage == "retune":
-                    metrics[prefix + _metric_name(which, f"retuned_{kind}")] = Metric.of([tuple(c) for c in counts])
-                else:
-                    name = f"{head.removeprefix('certify ')}_{which}_{kind}"
-                    metrics[prefix + name] = Metric.of([tuple(counts)])
-        elif step.stage in ("filter", "purify"):
-            defences[step.name] = {k: v for k, v in value.values.items() if k != "counts"}
-        elif step.stage == "references":
-            references[step.method["task"]] = dict(value.values)
-        elif step.stage == "judge":
-            references[step.method["task"]] |= value.values
-        elif step.stage == "check":
-            companions["splits"] = value.values
-        for key, array in value.arrays.items():
-            if (key.startswith("curve/") and "clean" not in key) or step.stage == "describe":
-                arrays[key] = array
-    seconds["total"] = round(total, 3)
-    notes = []
-    if companions["splits"]["shadow_in_pretraining"] == 1.0:
-        notes.append("The attacker's shadow images are pre-training images.")
-    notes += [_mistaken(task, one) for task, one in references.items() if _others(one)]
-    if (now := torch.get_num_threads()) != base.threads:
-        notes.append(f"Threads went from {base.threads} to {now}, for others kept the cores busy; digits may differ.")
-    targets = [
-        {"task": task, "target_class": aims.get(task, d.target_class)}
-        for task, d in zip(task_names(experiment), experiment.downstream, strict=True)
-    ]
-    extra: dict[str, Any] = {"companions": companions, "references": references, "downstream": targets}
-    if len(experiment.scan) > 1:
-        extra["scans"] = scans
-    if defences:
-        extra["defences"] = defences
-    if experiment.paper is not None:
-        extra["paper"] = {"source": experiment.paper.source, **experiment.paper.results}
-        extra["deviations"] = list(experiment.paper.deviations)
-    attacked = next(
-        (runner.value(s).encoder for s in steps if s.name == "pretrain backdoored" or s.stage == "implant"), None
-    )
-    if attacked is not None:
-        extra["manifest"] = dict(attacked.card.manifest)
-    record = dataclasses.replace(
-        base, seconds=seconds, steps=runner.log, metrics=metrics, verdicts=verdicts, notes=notes, extra=extra
-    )
-    return record, arrays
-
-
-def _others(references: Mapping[str, Any]) -> list[str]:
-    """Classes that the clean pipeline takes references for and that are not the target."""
-    seen = [one for one in references["seen_as"] if one != references["target_class"]]
-    return [references["names"][str(one)] for one in sorted(set(seen))]
-
-
-def _mistaken(task: str, references: Mapping[str, Any]) -> str:
-    seen, target = references["seen_as"], references["target_class"]
-    wrong = sum(one != target for one in seen)
-    name = references["names"][str(target)]
-    return (
-        f"The clean pipeline takes {wrong} of {len(seen)} reference(s) of {task} for {', '.join(_others(references))}, "
-        f"not for the target {name}: the backdoor may lead there instead."
-    )
-
-
-def _metric_name(which: str, kind: str) -> str:
-    """What a score is called in the record; `kind` may end in `@` and a distortion."""
-    base, _, distortion = kind.partition("@")
-    name = _NAMES.get(which, {}).get(base, f"{which}_{base}".replace("-", "_"))
-    return f"{name}_{distortion}" if distortion else name
-
-
-def _worse(a: Mapping[str, Any] | None, b: Mapping[str, Any]) -> Mapping[str, Any]:
-    order = ["clean-by-test", "inconclusive", "suspicious", "backdoored"]
-    return b if a is None or order.index(b["verdict"]) > order.index(a["verdict"]) else a
+    return {**seconds, "total": round(total, 3)}
 
 
 def run_cells(

@@ -18,6 +18,7 @@ from cupel.protocols import Encoder
 from cupel.purify.base import BatchSize, Job, OptimizerName, TrainedPurifier, copied
 from cupel.purify.cbd_learner import CBDLearner
 from cupel.purify.evidence import usable_evidence
+from cupel.purify.screening import screened
 from cupel.settings import Fraction, Positive, PositiveInt, settings
 from cupel.train import History, fit
 
@@ -55,6 +56,8 @@ class CBD(TrainedPurifier):
         boost, shift, dilation: How inverted triggers are varied: factor on the mask, largest move and growth in pixels.
         evidence_ratio: Inverted triggers more than this many times as large as the smallest are left out: most are no
             part of the backdoor and hide much of the image; None = all are used.
+        screen: Images that lie where an inverted trigger sends images probably bear it, and are left out, up to this
+            share of all; 0 = all are used. An anchor on triggered images would hold the backdoor.
         pull: Distance of both terms: `cosine`, `nmse` (squared distance over the mean squared norm), their sum, or
             `whitened` (cosine of embeddings standardised per dimension).
         anchor: Targets t(x): `frozen` = the given encoder's; `self` = the current one's without gradient, an ablation
@@ -93,6 +96,7 @@ class CBD(TrainedPurifier):
     shift: Count = 2
     dilation: Count = 1
     evidence_ratio: Annotated[float, Field(ge=1)] | None = 4.0
+    screen: Fraction = 0.1
     pull: PullName = "whitened"
     anchor: Literal["frozen", "self"] = "frozen"
     augmented_anchor: bool = True
@@ -108,7 +112,7 @@ class CBD(TrainedPurifier):
     lr: Positive = 0.05
 
     title: ClassVar[str] = "CBD (re-implementation)"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "smoke": {"steps": 250, "batch_size": 48},
         "standard": {},
@@ -146,6 +150,8 @@ class CBD(TrainedPurifier):
         usable = usable_evidence(job.evidence, encoder.input_size, self.evidence_ratio)
         if self.mode == "inverted" and usable is None:
             raise DataError("cbd", "mode 'inverted' got no converged trigger", "scan first, or use another mode")
+        if usable is not None:
+            clean = screened(encoder, clean, usable, self.screen)
         frozen = copied(encoder)
         frozen.module.requires_grad_(False)
         exact = self.precision == "fp32"

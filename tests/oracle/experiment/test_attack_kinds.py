@@ -19,7 +19,7 @@ from cupel.experiment import cells, plan, run_cells
 from cupel.experiment.attacking import judge
 from cupel.experiment.images import images_of
 from cupel.experiment.landing import score_found
-from cupel.experiment.run import _mistaken, _others
+from cupel.experiment.collecting import _mistaken, _others
 from cupel.experiment.store import Artefact
 from cupel.inference import features, triggered
 from cupel.probe import FineTune, Linear

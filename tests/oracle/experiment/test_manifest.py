@@ -158,7 +158,7 @@ def test_copies_of_every_kind_keep_the_manifest(tmp_path: Any) -> None:
 def test_encoders_are_written_in_one_place() -> None:
     """Whoever writes weights goes through `save_encoder`, which writes the manifest with them.
 
-    The other writers keep the state of a training that goes on, and meta-classifiers: nothing that is an encoder's file.
+    The others keep the state of a training that goes on, and meta-classifiers: nothing that is an encoder's file.
     """
     root = Path(cupel.__file__).parent
     written_by = {
