@@ -16,12 +16,14 @@ from cupel.attack import ATTACKS
 from cupel.data.shapes import shape_backgrounds, shape_objects
 from cupel.encoders import ImageEncoder
 from cupel.errors import DataError
+from cupel.experiment.judging import mistaken, others
 from cupel.experiment.plan import Step
 from cupel.experiment.store import Artefact
 from cupel.experiment.values import Context, Value, curves
 from cupel.implanting import goal_json, implanted
 from cupel.inference import classify, features
 from cupel.probe import Linear, check_target
+from cupel.progress import say
 from cupel.protocols import Trigger
 from cupel.selection import majority
 from cupel.settings import OneOf, method_name, parse, settings
@@ -63,7 +65,10 @@ def judge(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
     seen = classify(head, features(clean, torch.from_numpy(np.array(shown)), store=False)).tolist()
     target = step.inputs[0].method["target_class"]
     names = {str(c): train.classes[c] if train.classes else str(c) for c in sorted({*seen, target})}
-    return Artefact({"seen_as": seen, "target_class": target, "names": names})
+    judged = {"seen_as": seen, "target_class": target, "names": names}
+    if others(judged):
+        say(f"  warning: {mistaken(step.method['task'], judged)}")
+    return Artefact(judged)
 
 
 def _goals(step: Step, references: Sequence[Artefact]) -> tuple[Goal, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cupel.experiment.judging import mistaken, others
 from cupel.experiment.spec import Experiment
 from cupel.experiment.step import Step, task_names
 from cupel.experiment.store import Artefact
@@ -134,7 +135,7 @@ class Collected:
         notes = []
         if self._companions["splits"]["shadow_in_pretraining"] == 1.0:
             notes.append("The attacker's shadow images are pre-training images.")
-        notes += [_mistaken(task, one) for task, one in self._references.items() if _others(one)]
+        notes += [mistaken(task, one) for task, one in self._references.items() if others(one)]
         if (now := torch.get_num_threads()) != base.threads:
             notes.append(
                 f"Threads went from {base.threads} to {now}, for others kept the cores busy; digits may differ."
@@ -145,22 +146,6 @@ class Collected:
 def _which(step: Step) -> str:
     """The encoder that a step is about."""
     return step.name.rpartition(": ")[2]
-
-
-def _others(references: Mapping[str, Any]) -> list[str]:
-    """Classes that the clean pipeline takes references for and that are not the target."""
-    seen = [one for one in references["seen_as"] if one != references["target_class"]]
-    return [references["names"][str(one)] for one in sorted(set(seen))]
-
-
-def _mistaken(task: str, references: Mapping[str, Any]) -> str:
-    seen, target = references["seen_as"], references["target_class"]
-    wrong = sum(one != target for one in seen)
-    name = references["names"][str(target)]
-    return (
-        f"The clean pipeline takes {wrong} of {len(seen)} reference(s) of {task} for {', '.join(_others(references))}, "
-        f"not for the target {name}: the backdoor may lead there instead."
-    )
 
 
 def _metric_name(which: str, kind: str) -> str:

@@ -56,8 +56,9 @@ class CBD(TrainedPurifier):
         boost, shift, dilation: How inverted triggers are varied: factor on the mask, largest move and growth in pixels.
         evidence_ratio: Inverted triggers more than this many times as large as the smallest are left out: most are no
             part of the backdoor and hide much of the image; None = all are used.
-        screen: Images that lie where an inverted trigger sends images probably bear it, and are left out, up to this
-            share of all; 0 = all are used. An anchor on triggered images would hold the backdoor.
+        screen: For images of unknown origin: those that lie where an inverted trigger sends images may bear it, and are
+            left out, up to this share of all; 0 = all are used. One triggered image in twenty is enough for the anchor
+            to hold the backdoor; but clean images of the target class go too.
         pull: Distance of both terms: `cosine`, `nmse` (squared distance over the mean squared norm), their sum, or
             `whitened` (cosine of embeddings standardised per dimension).
         anchor: Targets t(x): `frozen` = the given encoder's; `self` = the current one's without gradient, an ablation
@@ -96,7 +97,7 @@ class CBD(TrainedPurifier):
     shift: Count = 2
     dilation: Count = 1
     evidence_ratio: Annotated[float, Field(ge=1)] | None = 4.0
-    screen: Fraction = 0.1
+    screen: Fraction = 0.0
     pull: PullName = "whitened"
     anchor: Literal["frozen", "self"] = "frozen"
     augmented_anchor: bool = True
@@ -112,7 +113,7 @@ class CBD(TrainedPurifier):
     lr: Positive = 0.05
 
     title: ClassVar[str] = "CBD (re-implementation)"
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 2
     budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "smoke": {"steps": 250, "batch_size": 48},
         "standard": {},

@@ -16,11 +16,13 @@ __all__ = ["landed", "screened"]
 
 _STAMPED = 512  # images that show where a trigger sends images
 _BOOST = 2.0  # inverted triggers are fainter than those they stand for
-_MISSED = 0.05  # share of stamped images that a screen would miss
+_WAY = 0.85  # from the median of the images as they are (0) to where stamped images are (1)
 
 
 def landed(embeddings: Float[Tensor, "n width"], stamped: Float[Tensor, "m width"], most: float) -> Bool[Tensor, " n"]:
-    """Which images lie where stamped images lie: as close to the mean direction of those as 95 % of them are.
+    """Which images lie where stamped images lie, by the cosine with the mean direction of those.
+
+    An image does from 85 % of the way on between the median of all images and where 95 % of the stamped ones are.
 
     Args:
         embeddings: Of the images, as they are.
@@ -38,7 +40,8 @@ def landed(embeddings: Float[Tensor, "n width"], stamped: Float[Tensor, "m width
     """
     there = F.normalize(stamped, dim=1)
     centre = F.normalize(there.mean(dim=0), dim=0)
-    found = F.normalize(embeddings, dim=1) @ centre >= (there @ centre).quantile(_MISSED)
+    near, end = F.normalize(embeddings, dim=1) @ centre, (there @ centre).quantile(0.05)
+    found = near >= torch.lerp(near.median(), end, _WAY)
     return found if float(found.float().mean()) <= most else torch.zeros_like(found)
 
 

@@ -18,8 +18,8 @@ from cupel.errors import DataError, SettingsError, UsageError
 from cupel.experiment import cells, plan, run_cells
 from cupel.experiment.attacking import judge
 from cupel.experiment.images import images_of
+from cupel.experiment.judging import mistaken, others
 from cupel.experiment.landing import score_found
-from cupel.experiment.collecting import _mistaken, _others
 from cupel.experiment.store import Artefact
 from cupel.inference import features, triggered
 from cupel.probe import FineTune, Linear
@@ -145,7 +145,7 @@ def test_fewer_classes_change_the_keys_of_the_attack_alone() -> None:
 # --- references that the clean pipeline takes for something else ---
 
 
-def test_references_are_judged_by_a_probe_on_the_clean_encoder() -> None:
+def test_references_are_judged_by_a_probe_on_the_clean_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six references, three of them of another class: exactly these are told."""
     data = blobs(256)
     encoder = trained_encoder(data)
@@ -154,13 +154,17 @@ def test_references_are_judged_by_a_probe_on_the_clean_encoder() -> None:
     step = next(s for s in steps if s.stage == "judge")
     assert step.inputs[0].method["target_class"] == 1
     pictures = Artefact({}, {"references": data.inputs[rows].numpy()})
+    said: list[str] = []
+    monkeypatch.setattr("cupel.experiment.attacking.say", said.append)
     found = dict(judge(step, [pictures, Artefact(encoder=encoder), data], None).values)
+    assert len(said) == 1
+    assert said[0].startswith("  warning: The clean pipeline takes 3 of 6 reference(s)")
     assert found["seen_as"] == [1, 1, 1, 2, 2, 2]
-    assert _others(found) == ["c"]
-    line = _mistaken("blobs", found)
+    assert others(found) == ["c"]
+    line = mistaken("blobs", found)
     assert line.startswith("The clean pipeline takes 3 of 6 reference(s) of blobs for c, not for the target b")
     right = {**found, "seen_as": [1, 1]}
-    assert _others(right) == []
+    assert others(right) == []
 
 
 # --- classes that are found later ---

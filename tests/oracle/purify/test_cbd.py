@@ -19,6 +19,7 @@ from cupel.protocols import Batch, Encoder
 from cupel.purify import CBD, PURIFIERS
 from cupel.purify.cbd_learner import CBDLearner
 from cupel.purify.evidence import usable_evidence
+from cupel.purify.screening import screened
 from cupel.scan import Decree
 from cupel.seeds import Seed
 from cupel.types import Dataset, Evidence
@@ -286,6 +287,23 @@ def test_evidence_much_larger_than_the_smallest_is_left_out(cnn: ImageEncoder, t
 
     assert same(purified(good, huge), purified(good))
     assert not same(purified(good, huge, ratio=None), purified(good))
+
+
+def test_triggered_images_among_the_unlabelled_are_screened_out(toy: Planted) -> None:
+    raw, bears = torch.as_tensor(toy.images.inputs).clone(), torch.arange(len(toy.images)) % 20 == 7
+    raw[bears] = toy.stamp(unit(raw[bears])).mul(255).round().to(torch.uint8)
+    mixed = toy.images.with_inputs(raw, "mixed")
+    triggers = usable_evidence([truth(toy)], toy.encoder.input_size, None)
+    assert triggers is not None
+    left = screened(toy.encoder, mixed, triggers, 0.2)
+    assert left.ids.tolist() == mixed.ids[~bears].tolist()
+    assert screened(toy.encoder, mixed, triggers, 0.02) is mixed, "more than the share: the place is no sign"
+    assert screened(toy.encoder, mixed, triggers, 0.0) is mixed
+    assert screened(toy.encoder, toy.images, triggers, 0.2) is toy.images
+    method = CBD(**PLAIN, mode="inverted", boost=(1.0, 1.0), shift=0, dilation=0)
+    kept = shift(method.purify(toy.encoder, mixed, Seed(0), [truth(toy)]), toy)
+    cured = dataclasses.replace(method, screen=0.2).purify(toy.encoder, mixed, Seed(0), [truth(toy)])
+    assert shift(cured, toy) < kept
 
 
 def test_too_few_images_and_wrong_size(cnn: ImageEncoder, toy: Planted) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cupel.errors import DataError
-from cupel.scan import read_reference, shipped_reference
+from cupel.scan import Decree, PScan, read_reference, shipped_reference
 from cupel.scan.decree import decide
 from cupel.scan.reference import leave_one_out, robust_z, size_at
 from cupel.types import Reference
@@ -93,3 +94,15 @@ def test_files(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"one\.json"):
             read_reference(file)
     assert shipped_reference("decree/smoke", "no such architecture") is None
+
+
+def test_shipped_calibrations_belong_to_budgets_that_exist() -> None:
+    """A changed default or a renamed budget would leave them unused without a word."""
+    variants = ("stamp", "linf", "frequency")
+    names = {Decree.preset(budget, variant).name for budget in Decree.budgets for variant in variants}
+    names |= {PScan.preset(budget).name for budget in PScan.budgets}
+    folder = importlib.resources.files("cupel") / "calibration"
+    shipped = [json.loads(file.read_text("utf-8")) for file in folder.iterdir() if file.name.endswith(".json")]
+    assert shipped
+    assert {one["scanner"] for one in shipped} <= names
+    assert len(names) == 12
