@@ -11,6 +11,10 @@ CODE   := src tests benchmarks
 QUICK   := not full and not slow and not gpu and not network and not browser
 DEFAULT := not slow and not gpu and not network
 
+# One thread for each worker: two that take both cores fight for them. A module stays with one worker, whose fixtures it shares.
+WORKERS ?= 2
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadscope
+
 ifndef CUPEL_DATA
 ifneq ($(wildcard ../shared/data),)
 export CUPEL_DATA := $(abspath ../shared/data)
@@ -55,13 +59,13 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 check: lint  ## Lint, types, import rules and the two-minute part of the tests
-	$(BIN)/pytest -m '$(QUICK)'
+	$(PYTEST) -m '$(QUICK)'
 
 test: lint  ## All of `make check` and the rest of the default tests
-	$(BIN)/pytest -m '$(DEFAULT)'
+	$(PYTEST) -m '$(DEFAULT)'
 
 slow: $(READY)  ## Trained checks and full counts
-	$(BIN)/pytest -m 'slow and not gpu and not network'
+	$(PYTEST) -m 'slow and not gpu and not network'
 
 gpu: $(READY)  ## Tests that need a CUDA device
 	$(BIN)/pytest -m gpu
