@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -175,7 +175,7 @@ def scan(
     if form == "text":
         _about(model, encoder, data)
     verdict, each = scan_encoder(model, data, scanners, Seed(seed).child("scan"))
-    extra = {"each": {name: _values(one) for name, one in each}, "file": model.card.source}
+    extra = {"scans": {"scanned": {name: _values(one) for name, one in each}}, "file": model.card.source}
     record = _record("scan", Path(encoder).name, seed, start, verdicts={"scanned": _values(verdict)}, extra=extra)
     arrays = _evidence_arrays(verdict, "scanned")
     record = _save(record, arrays, out)
@@ -207,7 +207,9 @@ def _saved_scan(folder: Path) -> tuple[Verdict, list[str]]:
     except (OSError, ValueError, KeyError) as error:
         raise DataError(folder / record.arrays, f"is damaged ({type(error).__name__})", "scan again") from None
     known = {k: plain[k] for k in ("verdict", "score", "threshold", "tested", "details", "reason")}
-    return Verdict(**known, evidence=tuple(evidence)), list(record.extra.get("each", ()))
+    scans = record.extra.get("scans")
+    each = scans.get("scanned") if isinstance(scans, Mapping) else None
+    return Verdict(**known, evidence=tuple(evidence)), list(each) if isinstance(each, Mapping) else []
 
 
 def _purifier(name: str, budget: str, changes: Sequence[str], labels: bool) -> Purifier:

@@ -155,7 +155,7 @@ def test_scan_then_purify(folder, tmp_path, capsys):
     assert verdict["verdict"].upper() in out
     assert all(f"\n{label}" in out for label in ("found", "tested", "how sure", "next", "cost", "report"))
     assert "no calibration for this architecture and recipe" in out
-    each = result["extra"]["each"]
+    each = result["extra"]["scans"]["scanned"]
     assert list(each) == ["decree", "pscan", "decree-linf", "decree-frequency"]
     for one in each.values():
         assert one["details"]["forward_images"] > one["details"]["backward_images"] > 0
@@ -194,7 +194,7 @@ def test_scan_for_build_servers(folder, tmp_path, capsys):
     assert [one.get("name") for one in suites.iter("testcase")] == ["indicators", "decree-linf"]
     assert (int(suites.get("failures")) > 0) == (code == 1)
     assert call(*arguments, "--format", "json") == code
-    assert list(json.loads(capsys.readouterr().out)["extra"]["each"]) == ["indicators", "decree-linf"]
+    assert list(json.loads(capsys.readouterr().out)["extra"]["scans"]["scanned"]) == ["indicators", "decree-linf"]
 
 
 def test_constant_images_are_inconclusive(folder, tmp_path):

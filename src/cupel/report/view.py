@@ -12,6 +12,7 @@ from cupel.records import Metric, Record
 from cupel.report import svg
 from cupel.report.cells import Arrays
 from cupel.report.changes import changes_of
+from cupel.report.defences import costs_of, scanners_of
 from cupel.report.gallery import MOMENTS, in_order, maps_of, pictures_of, references_of
 from cupel.report.tasks import Task, tasks_of
 from cupel.report.text import interval, percent, plain, points, short_key, span
@@ -76,6 +77,8 @@ def cell_view(record: Record, arrays: Arrays, number: int, pairs: int) -> View:
         "triggers": triggers_of(record, arrays),
         "maps": maps_of(arrays, classes, first),
         "verdicts": [_verdict(name, record.verdicts[name]) for name in in_order(record.verdicts)],
+        "scanners": scanners_of(record),
+        "costs": costs_of(record),
         "curves": _curves(arrays),
         "steps": [_step(step) for step in record.steps],
         "seconds": [{"stage": stage, "time": _time(seconds)} for stage, seconds in record.seconds.items()],

@@ -1,5 +1,6 @@
 """What purifiers without labels promise: input untouched, no labels, one seed one result, resume, no collapse."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,8 +12,9 @@ from cupel import progress
 from cupel.attack.badencoder import BadEncoder
 from cupel.encoders import ImageEncoder
 from cupel.errors import CupelError, DataError, Interrupted, UsageError
-from cupel.inference import features
+from cupel.inference import features, triggered
 from cupel.purify.bcu import BCU, BCULearner
+from cupel.purify.cbd import CBD
 from cupel.purify.clp import CLP
 from cupel.purify.mimic import MIMIC, MIMICLearner
 from cupel.purify.scu import SCU
@@ -173,3 +175,19 @@ def test_on_an_attacked_encoder_of_digits(name: str, attacked: Any) -> None:
         assert success >= 0.9
     else:
         assert success <= 0.3
+
+
+@pytest.mark.full
+def test_cbd_on_images_some_of_which_bear_the_trigger(attacked: Any) -> None:
+    """One in twenty is enough to hold the backdoor; screened by the evidence they do no harm."""
+    model, goal = attacked
+    shadow = digits.victim().shadow.without_labels("cbd")
+    raw, bears = torch.as_tensor(shadow.inputs).clone(), torch.arange(len(shadow)) % 20 == 7
+    raw[bears] = torch.as_tensor(triggered(shadow, goal.trigger, Seed(3)).inputs)[bears]
+    mixed = shadow.with_inputs(raw, "mixed")
+    held = CBD.preset("smoke").purify(model, mixed, Seed(0), [truth()])
+    assert digits.outcome(held, goal)[1] >= 0.9
+    screening = dataclasses.replace(CBD.preset("smoke"), screen=0.2)
+    accuracy, success = digits.outcome(screening.purify(model, mixed, Seed(0), [truth()]), goal)
+    assert accuracy >= 0.95
+    assert success <= 0.3
