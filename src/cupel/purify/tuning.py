@@ -105,7 +105,9 @@ class Tuning(LabelledPurifier):
 
 @settings
 class FT(Tuning):
-    """Fine-tuning: head and encoder go on from where they are. See `Tuning` for the settings.
+    """Fine-tuning: head and encoder go on from where they are.
+
+    See `Tuning` for the settings.
 
     Source: Min et al., FST, NeurIPS 2023, arXiv:2310.01875.
     Deviations: those of `Tuning`.
@@ -135,7 +137,9 @@ class LP(Tuning):
 
 @settings
 class FETuning(Tuning):
-    """Feature tuning: a new random head that stays as it is; the encoder must follow it. See `Tuning` for the settings.
+    """Feature tuning: a new random head that stays as it is; the encoder must follow it.
+
+    See `Tuning` for the settings.
 
     Source: Min et al., FST, NeurIPS 2023, arXiv:2310.01875.
     Deviations: those of `Tuning`.
@@ -149,7 +153,9 @@ class FETuning(Tuning):
 
 @settings
 class FTInit(Tuning):
-    """Fine-tuning with a new random head. See `Tuning` for the settings.
+    """Fine-tuning with a new random head.
+
+    See `Tuning` for the settings.
 
     Source: Min et al., FST, NeurIPS 2023, arXiv:2310.01875.
     Deviations: those of `Tuning`.
