@@ -15,6 +15,7 @@ from torch import nn
 
 from cupel.encoders import ImageEncoder
 from cupel.errors import UsageError, did_you_mean
+from cupel.implanting import inherited
 from cupel.inference import device_of
 from cupel.optimizers import Recipe
 from cupel.protocols import Encoder, Learner
@@ -23,7 +24,7 @@ from cupel.settings import settings
 from cupel.train import History, fit
 from cupel.types import Dataset, Evidence, Need
 
-__all__ = ["BatchSize", "Job", "OptimizerName", "PurifierBase", "TrainedPurifier", "copied", "put_right"]
+__all__ = ["BatchSize", "Job", "OptimizerName", "PurifierBase", "TrainedPurifier", "copied", "marked", "put_right"]
 
 OptimizerName = Literal["adam", "adamw", "sgd", "lars", "lars_clip"]
 """Optimisers of `Recipe`."""
@@ -114,7 +115,7 @@ class PurifierBase(abc.ABC):
         with torch.enable_grad():
             made, history = self.work(Job(encoder, clean, seed, tuple(evidence), checkpoint))
         put_right(made.module)
-        return made, history
+        return marked(made, clean), history
 
     @abc.abstractmethod
     def work(self, job: Job) -> tuple[Encoder, History]:
@@ -150,6 +151,14 @@ def copied(model: Encoder) -> Encoder:
     made = model.copy() if isinstance(model, ImageEncoder) else copy.deepcopy(model)
     made.module.eval().requires_grad_(True)
     return made
+
+
+def marked(made: Encoder, images: Dataset) -> Encoder:
+    """The encoder; one that was trained on images that an attack is known to have poisoned says so in its manifest."""
+    if not isinstance(made, ImageEncoder) or images.manifest is None:
+        return made
+    manifest = inherited(made.card.manifest, images.manifest)
+    return ImageEncoder(made.module, dataclasses.replace(made.card, manifest=manifest))
 
 
 def put_right(module: nn.Module) -> None:

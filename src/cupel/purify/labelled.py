@@ -19,7 +19,7 @@ from cupel.losses.logistic import logistic_regression
 from cupel.metrics import check_labels
 from cupel.optimizers import NonNegative
 from cupel.protocols import Classifier, Encoder
-from cupel.purify.base import Job, OptimizerName, PurifierBase, TrainedPurifier, copied, put_right
+from cupel.purify.base import Job, OptimizerName, PurifierBase, TrainedPurifier, copied, marked, put_right
 from cupel.purify.batch_norm import BatchNorm
 from cupel.seeds import Seed
 from cupel.settings import Positive, PositiveInt, settings
@@ -82,7 +82,7 @@ class ClassifierPurifier(PurifierBase):
             history = self.treat(made, Job(made.encoder, clean, seed, tuple(evidence), checkpoint))
         put_right(made.encoder.module)
         put_right(made.head)
-        return made, history
+        return FrozenProbe(marked(made.encoder, clean), made.head), history
 
     @abc.abstractmethod
     def classifier(self, encoder: Encoder, clean: Dataset, seed: Seed) -> Classifier:

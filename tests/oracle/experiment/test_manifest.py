@@ -99,6 +99,16 @@ def test_a_purified_encoder_keeps_its_history(name: str) -> None:
     assert made.card.manifest == model.card.manifest
 
 
+@pytest.mark.parametrize("name", PURIFIERS)
+def test_a_clean_encoder_purified_on_poisoned_images_says_so(name: str) -> None:
+    poisoned = BadNets(trigger=Patch(size=4), poison_rate=0.2).poison(DATA, attacker(), Seed(0)).data
+    purifier = tiny(PURIFIERS[name])
+    data = poisoned if "labels" in purifier.needs else poisoned.without_labels(name)
+    made = purifier.purify(small_encoder(), data, Seed(0))
+    assert made.card.manifest is not None
+    assert made.card.manifest["num_poisoned"] == poisoned.manifest["num_poisoned"]
+
+
 @pytest.mark.parametrize("name", PROBES)
 def test_a_classifier_of_an_attacked_encoder_keeps_its_history(name: str, tmp_path: Any) -> None:
     """Frozen or fine-tuned, what a probe hands out is written with the manifest of the encoder it was given."""
