@@ -10,16 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cupel.seeds import Seed
-from cupel.types import (
-    Dataset,
-    Evidence,
-    Implanted,
-    Knowledge,
-    Need,
-    Poisoned,
-    Reference,
-    Verdict,
-)
+from cupel.types import Dataset, Implanted, Knowledge, Need, Poisoned
+from cupel.verdicts import Evidence, Reference, Verdict
 
 __all__ = [
     "Batch",

@@ -1,4 +1,4 @@
-"""What flows between the stages: data sets, goals, evidence, verdicts."""
+"""What flows between the stages: data sets, goals, what attackers know and make."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Dataset",
-    "Evidence",
     "Goal",
     "Implanted",
     "Knowledge",
@@ -29,13 +28,9 @@ __all__ = [
     "Objects",
     "Pixels",
     "Poisoned",
-    "Reference",
-    "Verdict",
-    "VerdictWord",
 ]
 
 Need = Literal["labels", "head", "projector", "train_set", "text_tower", "surrogate", "reference", "objects"]
-VerdictWord = Literal["clean-by-test", "suspicious", "backdoored", "inconclusive"]
 
 
 @runtime_checkable
@@ -273,78 +268,3 @@ class Implanted:
     model: Encoder
     goals: tuple[Goal, ...]
     history: Mapping[str, Sequence[float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """A trigger that a scanner inverted.
-
-    Args:
-        mask: float32 `[height, width]` in [0, 1]; 1 = covered by the pattern.
-        pattern: float32 `[3, height, width]` in [0, 1].
-        size: Mean of the mask, in [0, 1] (DECREE's PL1-norm).
-        converged: The inversion reached its goal.
-        source: Method and start that found it.
-    """
-
-    mask: np.ndarray[Any, np.dtype[np.float32]]
-    pattern: np.ndarray[Any, np.dtype[np.float32]]
-    size: float
-    converged: bool
-    source: str
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Scores of one scanner on clean encoders of one recipe, made once and shipped or measured by the user.
-
-    Args:
-        scanner: Method and budget.
-        recipe: What the encoders have in common.
-        scores: One statistic per clean encoder (for DECREE its PL1-norm).
-    """
-
-    scanner: str
-    recipe: str
-    scores: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a scanner says of one model. Larger score = worse, for every scanner.
-
-    Args:
-        verdict: Verdict word of the command line.
-        score, threshold: In the same unit; at or above `threshold` = finding.
-        tested: The trigger families that were looked for, in words.
-        evidence: Inverted triggers.
-        details: Numbers behind the score, and what it took: `forward_images` and `backward_images` where counted.
-        reason: Why this verdict, in one sentence.
-        false_alarm: Share of clean encoders that were called backdoored, with the number tried; None = not measured.
-        peak_memory_mib: Most memory the process held until then; None = not measured. Unlike the rest it differs from
-            run to run, so it counts in no comparison and is not in `to_json`.
-    """
-
-    verdict: VerdictWord
-    score: float
-    threshold: float
-    tested: str
-    evidence: tuple[Evidence, ...] = ()
-    details: Mapping[str, float] = field(default_factory=dict)
-    reason: str = ""
-    false_alarm: tuple[float, int] | None = None
-    peak_memory_mib: float | None = field(default=None, compare=False)
-
-    def to_json(self) -> dict[str, Any]:
-        """The plain values; arrays are left to the evidence files."""
-        alarm = None if self.false_alarm is None else {"rate": self.false_alarm[0], "n": self.false_alarm[1]}
-        return {
-            "verdict": self.verdict,
-            "score": self.score,
-            "threshold": self.threshold,
-            "tested": self.tested,
-            "reason": self.reason,
-            "details": dict(self.details),
-            "false_alarm": alarm,
-            "evidence": [{"size": e.size, "converged": e.converged, "source": e.source} for e in self.evidence],
-        }

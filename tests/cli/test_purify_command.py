@@ -13,7 +13,7 @@ from cupel.checkpoint import inspect_file
 from cupel.cli import main
 from cupel.encoders.storage import load_encoder, save_encoder
 from cupel.purify import PURIFIERS, label_free
-from cupel.types import Verdict
+from cupel.verdicts import Verdict
 from fingerprints import same_state
 from toys import blobs, trained_encoder
 

@@ -11,7 +11,8 @@ import pytest
 from cupel.encoders import ImageEncoder
 from cupel.encoders.storage import save_encoder
 from cupel.seeds import Seed
-from cupel.types import Dataset, VerdictWord
+from cupel.types import Dataset
+from cupel.verdicts import VerdictWord
 from fingerprints import data_print, model_print
 from tables import methods, tiny
 

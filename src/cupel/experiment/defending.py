@@ -17,7 +17,8 @@ from cupel.experiment.store import Artefact
 from cupel.experiment.values import Context, Value, curves
 from cupel.inference import triggered
 from cupel.scan import MetaReference
-from cupel.types import Dataset, Goal, Poisoned, Reference
+from cupel.types import Dataset, Goal, Poisoned
+from cupel.verdicts import Reference
 from cupel.vet import scan_evidence
 
 __all__ = ["certify", "filtered", "own_head", "purify", "reference", "retune", "scan"]

@@ -22,7 +22,8 @@ from cupel.protocols import Encoder, Learner
 from cupel.seeds import Seed
 from cupel.settings import settings
 from cupel.train import History, fit
-from cupel.types import Dataset, Evidence, Need
+from cupel.types import Dataset, Need
+from cupel.verdicts import Evidence
 
 __all__ = ["BatchSize", "Job", "OptimizerName", "PurifierBase", "TrainedPurifier", "copied", "marked", "put_right"]
 

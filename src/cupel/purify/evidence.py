@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cupel.errors import DataError
-from cupel.types import Evidence
+from cupel.verdicts import Evidence
 
 __all__ = ["usable_evidence"]
 

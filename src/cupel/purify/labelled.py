@@ -24,7 +24,8 @@ from cupel.purify.batch_norm import BatchNorm
 from cupel.seeds import Seed
 from cupel.settings import Positive, PositiveInt, settings
 from cupel.train import History
-from cupel.types import Dataset, Evidence, Need
+from cupel.types import Dataset, Need
+from cupel.verdicts import Evidence
 
 __all__ = [
     "ClassifierPurifier",

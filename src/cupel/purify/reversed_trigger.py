@@ -17,7 +17,8 @@ from cupel.inversion.classwise import ClassSearch, invert_classes
 from cupel.protocols import Encoder
 from cupel.purify.evidence import usable_evidence
 from cupel.seeds import Seed
-from cupel.types import Dataset, Evidence
+from cupel.types import Dataset
+from cupel.verdicts import Evidence
 
 __all__ = ["ReversedTriggers", "reversed_triggers"]
 

@@ -31,7 +31,8 @@ from cupel.scan.passes import Passes
 from cupel.scan.reference import Decision, against, banded, check_reference
 from cupel.seeds import Seed
 from cupel.settings import Fraction, Positive, PositiveInt, settings
-from cupel.types import Dataset, Evidence, Need, Reference, Verdict
+from cupel.types import Dataset, Need
+from cupel.verdicts import Evidence, Reference, Verdict
 
 __all__ = ["Decree", "decide"]
 

@@ -19,7 +19,8 @@ from cupel.scan.judging import Judging
 from cupel.scan.passes import peak_memory_mib
 from cupel.seeds import Seed
 from cupel.settings import DataFile, settings
-from cupel.types import Dataset, Need, Reference, Verdict
+from cupel.types import Dataset, Need
+from cupel.verdicts import Reference, Verdict
 
 __all__ = ["Forensics", "compare_weights"]
 

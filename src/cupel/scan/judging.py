@@ -13,7 +13,8 @@ from cupel.scan.admission import admit
 from cupel.scan.budgeted import Budgeted
 from cupel.scan.passes import peak_memory_mib
 from cupel.scan.reference import Decision
-from cupel.types import Dataset, Evidence, Verdict
+from cupel.types import Dataset
+from cupel.verdicts import Evidence, Verdict
 
 __all__ = ["Judging"]
 

@@ -26,7 +26,8 @@ from cupel.scan.mntd_shadows import ShadowNets, train_shadows
 from cupel.scan.passes import peak_memory_mib
 from cupel.seeds import Seed
 from cupel.settings import OneOf, Positive, PositiveInt, settings
-from cupel.types import Dataset, Need, Reference, Verdict, VerdictWord
+from cupel.types import Dataset, Need
+from cupel.verdicts import Reference, Verdict, VerdictWord
 
 __all__ = ["INFORMATIVE", "MNTD", "checked", "judged"]
 

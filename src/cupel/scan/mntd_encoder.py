@@ -33,7 +33,8 @@ from cupel.scan.mntd_reference import Answer, MetaReference
 from cupel.scan.passes import peak_memory_mib
 from cupel.seeds import Seed
 from cupel.settings import Positive, PositiveInt, settings
-from cupel.types import Dataset, Goal, Knowledge, Need, Reference, Verdict
+from cupel.types import Dataset, Goal, Knowledge, Need
+from cupel.verdicts import Reference, Verdict
 
 __all__ = ["MNTDEncoder", "shadow_encoder"]
 

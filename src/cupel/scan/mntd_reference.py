@@ -22,7 +22,7 @@ from cupel.errors import DataError
 from cupel.files import atomic_file
 from cupel.scan.reference import ENOUGH
 from cupel.seeds import Seed
-from cupel.types import Reference
+from cupel.verdicts import Reference
 
 __all__ = ["Answer", "Meta", "MetaReference", "read_meta_reference", "threshold_at"]
 

@@ -23,7 +23,8 @@ from cupel.scan.judging import Judging
 from cupel.scan.passes import peak_memory_mib
 from cupel.seeds import Seed
 from cupel.settings import OneOf, Positive, PositiveInt, settings
-from cupel.types import Dataset, Evidence, Need, Reference, Verdict
+from cupel.types import Dataset, Need
+from cupel.verdicts import Evidence, Reference, Verdict
 
 __all__ = ["Anomaly", "NeuralCleanse", "anomaly_index", "network_of"]
 

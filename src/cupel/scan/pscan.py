@@ -21,7 +21,8 @@ from cupel.scan.passes import Passes
 from cupel.scan.reference import banded, check_reference
 from cupel.seeds import Seed
 from cupel.settings import Positive, PositiveInt, settings
-from cupel.types import Dataset, Evidence, Need, Reference, Verdict
+from cupel.types import Dataset, Need
+from cupel.verdicts import Evidence, Reference, Verdict
 
 __all__ = ["PScan"]
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from cupel.errors import DataError
 from cupel.files import read_json
-from cupel.types import Reference, VerdictWord
+from cupel.verdicts import Reference, VerdictWord
 
 __all__ = [
     "BACKDOORED_Z",

@@ -18,7 +18,8 @@ from cupel.progress import say
 from cupel.protocols import Encoder, Purifier, Scanner
 from cupel.scan import SCANNERS, Decree, PScan, shipped_reference
 from cupel.seeds import Seed
-from cupel.types import Dataset, Evidence, Reference, Verdict
+from cupel.types import Dataset
+from cupel.verdicts import Evidence, Reference, Verdict
 
 __all__ = [
     "Vetted",

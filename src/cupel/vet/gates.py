@@ -9,7 +9,7 @@ from urllib.parse import quote
 from xml.etree import ElementTree
 
 import cupel
-from cupel.types import Verdict
+from cupel.verdicts import Verdict
 
 __all__ = ["junit", "sarif"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cupel.types import Verdict
+from cupel.verdicts import Verdict
 
 __all__ = ["counted_alarms", "spoken"]
 

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 import cupel
-from cupel import commands
 from cupel.attack import ATTACKS
 from cupel.attack.badencoder import BadEncoder
 from cupel.attack.badnets import BadNets
 from cupel.cli import main
+from cupel.commands import purifying as commands
 from cupel.encoders import Fast, ImageEncoder
 from cupel.encoders.projected import Projected, base_encoder
 from cupel.encoders.storage import load_encoder, save_encoder
@@ -186,7 +186,7 @@ def test_encoders_are_written_in_one_place() -> None:
 
 @pytest.mark.full
 def test_the_purify_command_writes_the_manifest_of_what_it_read(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "_scanners", lambda *wanted: [tiny(Decree)])  # the scans are not what is tested
+    monkeypatch.setattr(commands, "scanners_named", lambda *wanted: [tiny(Decree)])  # the scans are not what is tested
     save_encoder(attacked(), tmp_path / "in" / "encoder.safetensors")
     pictures = tmp_path / "pictures"
     pictures.mkdir()

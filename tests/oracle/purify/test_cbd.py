@@ -22,7 +22,8 @@ from cupel.purify.evidence import usable_evidence
 from cupel.purify.screening import screened
 from cupel.scan import Decree
 from cupel.seeds import Seed
-from cupel.types import Dataset, Evidence
+from cupel.types import Dataset
+from cupel.verdicts import Evidence
 from planted import Planted, PlantedEncoder, planted, unit
 
 PLAIN: dict[str, Any] = {  # plain SGD on the toy's two weights

@@ -16,7 +16,8 @@ from cupel.purify.neural_cleanse_prune import NeuralCleansePrune, pruning_order
 from cupel.purify.neural_cleanse_unlearn import NeuralCleanseUnlearn
 from cupel.purify.silencing import silence
 from cupel.seeds import Seed
-from cupel.types import Dataset, Evidence
+from cupel.types import Dataset
+from cupel.verdicts import Evidence
 from fingerprints import model_print, same_state
 from hijacked import Hijacked, bars, hijacked, with_pixel
 from toys import blobs, small_encoder, trained_encoder

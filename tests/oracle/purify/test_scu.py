@@ -15,7 +15,7 @@ from cupel.protocols import Batch
 from cupel.purify.base import copied
 from cupel.purify.scu import SCU, SCULearner, cluster_mates, k_means, nearest_others
 from cupel.seeds import Seed
-from cupel.types import Evidence
+from cupel.verdicts import Evidence
 from planted import planted, unit
 from toys import blobs, small_encoder
 

@@ -23,7 +23,8 @@ from cupel.purify.unlabelled import UnlabelledPurifier
 from cupel.seeds import Seed
 from cupel.settings import settings
 from cupel.triggers import Patch
-from cupel.types import Dataset, Evidence
+from cupel.types import Dataset
+from cupel.verdicts import Evidence
 from fingerprints import data_print, model_print, same_state
 from toys import blobs, small_encoder
 

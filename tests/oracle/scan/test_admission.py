@@ -19,7 +19,8 @@ from cupel.scan.passes import Passes, peak_memory_mib
 from cupel.scan.pscan import PScan
 from cupel.scan.ssl_cleanse import SSLCleanse
 from cupel.seeds import Seed
-from cupel.types import Dataset, Verdict
+from cupel.types import Dataset
+from cupel.verdicts import Verdict
 from planted import PlantedEncoder, planted
 
 SCANNERS = [

@@ -9,7 +9,8 @@ import pytest
 
 from cupel.encoders import Fast
 from cupel.seeds import Seed
-from cupel.types import Dataset, Evidence, Reference, Verdict
+from cupel.types import Dataset
+from cupel.verdicts import Evidence, Reference, Verdict
 from cupel.vet.chain import default_chain, scan_encoder, scanner_label, together
 from planted import planted
 from toys import blobs

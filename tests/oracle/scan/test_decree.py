@@ -13,7 +13,7 @@ from cupel.errors import CupelError, DataError, SettingsError, UsageError
 from cupel.inversion import concentration
 from cupel.scan import SCANNERS, Decree
 from cupel.seeds import Seed
-from cupel.types import Evidence, Reference, Verdict
+from cupel.verdicts import Evidence, Reference, Verdict
 from planted import PlantedEncoder, planted, unit
 
 SMOKE = Decree.preset("smoke")

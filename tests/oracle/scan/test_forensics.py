@@ -12,7 +12,7 @@ from cupel.encoders.storage import save_encoder
 from cupel.errors import CheckpointError, CupelError, DataError, UsageError
 from cupel.scan.forensics import Forensics
 from cupel.seeds import Seed
-from cupel.types import Reference, Verdict
+from cupel.verdicts import Reference, Verdict
 from fingerprints import model_print
 from toys import blobs, small_encoder
 

@@ -12,7 +12,7 @@ from cupel.inversion import Frequency, Linf, Stamp, random_start, squash, stamp
 from cupel.inversion.forms import blend_of, cosine_basis
 from cupel.scan.decree import Decree
 from cupel.seeds import Seed
-from cupel.types import Reference
+from cupel.verdicts import Reference
 from planted import PlantedEncoder, planted, unit
 
 X = torch.rand(2, 3, 3, 16, 16, generator=Seed(0).torch())

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from cupel.types import Verdict
+from cupel.verdicts import Verdict
 from cupel.vet import junit, sarif, spoken
 from cupel.vet.spoken import counted_alarms
 

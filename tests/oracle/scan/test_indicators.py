@@ -12,7 +12,7 @@ from cupel.errors import UsageError
 from cupel.inversion import concentration
 from cupel.scan.indicators import Indicators, deviation, effective_rank, outlyingness, random_triggers
 from cupel.seeds import Seed
-from cupel.types import Reference
+from cupel.verdicts import Reference
 from planted import PlantedEncoder, planted, unit
 
 METHOD = Indicators(stamps=24, blends=4, precision="fp32")

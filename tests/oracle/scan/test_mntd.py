@@ -28,7 +28,7 @@ from cupel.scan.mntd_meta import (
 from cupel.scan.mntd_reference import Answer, Meta, MetaReference, read_meta_reference, threshold_at
 from cupel.scan.mntd_shadows import ShadowNets, poisoned_rows, train_shadows
 from cupel.seeds import Seed
-from cupel.types import Reference
+from cupel.verdicts import Reference
 from fingerprints import data_print, model_print
 from toys import blobs, small_encoder
 

@@ -14,7 +14,7 @@ from cupel.inversion import squash
 from cupel.inversion.classwise import ClassSearch, Cost, invert_classes
 from cupel.scan.neural_cleanse import NeuralCleanse, anomaly_index
 from cupel.seeds import Seed
-from cupel.types import Reference
+from cupel.verdicts import Reference
 from fingerprints import data_print, model_print
 from hijacked import CLASSES, PIXEL, bars, hijacked
 

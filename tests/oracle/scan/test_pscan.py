@@ -12,7 +12,7 @@ from cupel.inversion import concentration
 from cupel.inversion.windows import fill_windows, paste, window_corners
 from cupel.scan.pscan import PScan
 from cupel.seeds import Seed
-from cupel.types import Reference
+from cupel.verdicts import Reference
 from fingerprints import model_print
 from planted import planted, unit
 

@@ -13,7 +13,7 @@ from cupel.errors import DataError
 from cupel.scan import Decree, PScan, read_reference, shipped_reference
 from cupel.scan.decree import decide
 from cupel.scan.reference import leave_one_out, robust_z, size_at
-from cupel.types import Reference
+from cupel.verdicts import Reference
 
 E = math.e
 

@@ -12,7 +12,7 @@ from cupel.scan.clusters import Clustering, choose_clusters, cluster, knee, merg
 from cupel.scan.neural_cleanse import anomaly_index
 from cupel.scan.ssl_cleanse import CODE_CONSTANT, SSLCleanse
 from cupel.seeds import Seed
-from cupel.types import Reference
+from cupel.verdicts import Reference
 from fingerprints import model_print
 from planted import planted
 from planted import unit as pixels

@@ -18,7 +18,7 @@ from cupel.records import Record
 from cupel.scan import Decree
 from cupel.scan.mntd_reference import Meta, MetaReference
 from cupel.seeds import Seed
-from cupel.types import Verdict
+from cupel.verdicts import Verdict
 from cupel.zoo.command import zoo_build, zoo_table
 from cupel.zoo.entries import read_entries
 from cupel.zoo.file import read_zoo

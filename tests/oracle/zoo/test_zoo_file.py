@@ -13,7 +13,7 @@ from cupel.experiment import packaged
 from cupel.scan import Decree
 from cupel.settings import settings
 from cupel.triggers import TRIGGERS, Blend, Checker, Patch, RandomPatch
-from cupel.types import Reference
+from cupel.verdicts import Reference
 from cupel.zoo.file import HALVES, check_halves, packaged_zoos, read_zoo, trigger_of
 from cupel.zoo.looks import look_of, overlap
 from cupel.zoo.making import steps_of

@@ -1,0 +1,63 @@
+"""`cupel scan`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from cupel import threads
+from cupel.commands.shared import (
+    CODES,
+    about,
+    encoder_at,
+    evidence_arrays,
+    images_at,
+    line,
+    record_of,
+    save,
+    scanners_named,
+    values_of,
+)
+from cupel.report import write_report
+from cupel.seeds import Seed
+from cupel.vet import (
+    junit,
+    sarif,
+    scan_encoder,
+    spoken,
+)
+
+__all__ = ["scan"]
+
+
+def scan(
+    encoder: str, images: str, arch: str | None, names: Sequence[str], budget: str, seed: int, out: Path, form: str
+) -> int:
+    """`cupel scan`."""
+    start = time.monotonic()
+    threads.settle()
+    scanners = scanners_named(names, budget)
+    model = encoder_at(encoder, arch)
+    data = images_at(images, model)
+    if form == "text":
+        about(model, encoder, data)
+    verdict, each = scan_encoder(model, data, scanners, Seed(seed).child("scan"))
+    extra = {"scans": {"scanned": {name: values_of(one) for name, one in each}}, "file": model.card.source}
+    record = record_of("scan", Path(encoder).name, seed, start, verdicts={"scanned": values_of(verdict)}, extra=extra)
+    arrays = evidence_arrays(verdict, "scanned")
+    record = save(record, arrays, out)
+    write_report([(record, arrays)], out / "report.html", title=f"Scan of {Path(encoder).name}")
+    code = CODES[verdict.verdict]
+    if form == "json":
+        print(json.dumps(record.to_json(), indent=1))
+    elif form == "sarif":
+        print(json.dumps(sarif(encoder, model.card.source, each, code), indent=1))
+    elif form == "junit":
+        print(junit(encoder, each, record.seconds["total"]))
+    else:
+        for label, text in spoken(verdict, each):
+            line(label, text)
+        line("report", f"{out / 'report.html'}  {out / 'result.json'}")
+    return code
