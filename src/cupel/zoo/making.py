@@ -89,7 +89,8 @@ def steps_of(member: Member, zoo: Zoo) -> _Steps:
 def _planned(member: Member, scanners: Sequence[Scanner]) -> _Steps:
     which = "backdoored" if member.attacked else "clean"
     steps = plan(dataclasses.replace(member.experiment, scan=tuple(scanners)))
-    make = tuple(one for one in steps if one.stage in ("check", "pretrain", "references", "implant", "score"))
+    stages = ("check", "pretrain", "references", "implant", "score")
+    make = tuple(one for one in steps if one.stage in stages and one.name != "pretrain public")  # see `base_of`
     scan = tuple(_without_reference(one) for one in steps if one.stage == "scan" and one.name.endswith(f": {which}"))
     return _Steps(make, scan)
 
@@ -97,8 +98,9 @@ def _planned(member: Member, scanners: Sequence[Scanner]) -> _Steps:
 def _without_reference(step: Step) -> Step:
     """The same scan, uncalibrated: its key must not change with the calibrations that ship."""
     method = {"scanner": step.method["scanner"], "reference": None}
-    plain = ["scan", canonical(method, file_content), [one.key for one in step.inputs], step.seed.value]
-    return dataclasses.replace(step, method=method, key=digest(plain))
+    inputs = step.inputs[:2]  # encoder and images; what a scanner learns beforehand, the zoo makes once for all members
+    plain = ["scan", canonical(method, file_content), [one.key for one in inputs], step.seed.value]
+    return dataclasses.replace(step, method=method, inputs=inputs, key=digest(plain))
 
 
 def build(zoo: Zoo, out: Path, only: Only | None = None, limit: int | None = None, device: str = "cpu") -> Built:

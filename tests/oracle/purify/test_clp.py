@@ -1,6 +1,7 @@
 """CLP: gains against NumPy's singular values, the channel that stands out, shortcuts and their BatchNorms."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from cupel.purify.clp import CLP, channel_gains, outliers
 from cupel.seeds import Seed
 from planted import planted
 
-NO_DATA: Any = None  # neither images nor labels are looked at
+NO_DATA: Any = SimpleNamespace(manifest=None)  # neither images nor labels are looked at
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
