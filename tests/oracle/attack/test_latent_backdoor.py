@@ -321,7 +321,7 @@ def outcome(model, train, test, trigger, target, probe=None) -> tuple[float, flo
     return right / n, hits / m
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_it_fires_in_students_of_another_task():
     """Teacher on digits 0–5; students on 6–9; the backdoor leads to 7, of which the attacker has 50 images."""
     from cupel.data import load

@@ -10,7 +10,7 @@ from cupel.seeds import Seed
 from cupel.triggers import Patch
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_patchguard_against_badencoder() -> None:
     one, trigger = digits.victim(), Patch(size=4)
     attack = BadEncoder(

@@ -155,7 +155,7 @@ def truth() -> Evidence:
     return Evidence(mask.numpy(), pattern.numpy(), float(mask.mean()), True, "truth")
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clp", "scu", "bcu", "mimic", "tsc"])
 def test_on_an_attacked_encoder_of_digits(name: str, attacked: Any) -> None:
     """All but channel pruning purify at this scale, in a short run, and keep the accuracy."""
@@ -178,7 +178,7 @@ def test_on_an_attacked_encoder_of_digits(name: str, attacked: Any) -> None:
         assert success <= 0.3
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_cbd_on_images_some_of_which_bear_the_trigger(attacked: Any) -> None:
     """One in twenty is enough to hold the backdoor; screened by the evidence they do no harm."""
     model, goal = attacked
