@@ -9,16 +9,17 @@ import importlib.metadata
 import json
 import typing
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic import ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter
 from pydantic_core import CoreSchema, core_schema
 
-from cupel.errors import SettingsError, did_you_mean
+from cupel.errors import SettingsError, UsageError, did_you_mean
 
 __all__ = [
     "STRICT",
+    "Budgets",
     "DataFile",
     "Fraction",
     "OneOf",
@@ -47,6 +48,27 @@ class _ContentCounts:
 
 
 DataFile = Annotated[str, _ContentCounts()]
+
+
+class Budgets:
+    """Base of settings that have names for how much may be spent.
+
+    Attributes:
+        budgets: Settings by budget (`smoke`, `standard`, `paper`); what is not named has its default.
+    """
+
+    budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"smoke": {}, "standard": {}, "paper": {}}
+
+    @classmethod
+    def preset(cls, budget: str) -> Self:
+        """Settings of a budget: `smoke` (seconds on a small encoder), `standard` or `paper`.
+
+        Raises:
+            UsageError: no such budget.
+        """
+        if budget not in cls.budgets:
+            raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, cls.budgets))
+        return cls(**cls.budgets[budget])
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, Field))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -11,13 +12,12 @@ from torch import Tensor, nn
 
 from cupel.certify.certificate import MaskedClassifier
 from cupel.certify.windows import bands
-from cupel.errors import UsageError, did_you_mean
 from cupel.inference import device_of, features
 from cupel.metrics import check_labels
 from cupel.probe import Linear
 from cupel.protocols import Encoder
 from cupel.seeds import Seed
-from cupel.settings import Fraction, PositiveInt, settings
+from cupel.settings import Budgets, Fraction, PositiveInt, settings
 from cupel.types import Dataset, Need
 
 __all__ = ["BandEvidence", "MaskDS", "banded"]
@@ -49,7 +49,7 @@ class BandEvidence(nn.Module):
 
 
 @settings
-class MaskDS:
+class MaskDS(Budgets):
     """A certified classifier on a frozen encoder that is shown single bands of columns.
 
     Every start of a band, around the edge, gives a vote in the form of its confidences; p + b − 1 neighbouring bands
@@ -80,18 +80,11 @@ class MaskDS:
     title: ClassVar[str] = "Mask-DS"
     needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
     revision: ClassVar[int] = 1
-
-    @classmethod
-    def preset(cls, budget: str) -> MaskDS:
-        """Settings of a budget: `smoke` (fewer bands to fit on), `standard`, `paper`.
-
-        Raises:
-            UsageError: no such budget.
-        """
-        known = {"smoke": cls(training_bands=4), "standard": cls(), "paper": cls(training_bands=None)}
-        if budget not in known:
-            raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, known))
-        return known[budget]
+    budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "smoke": {"training_bands": 4},
+        "standard": {},
+        "paper": {"training_bands": None},
+    }
 
     def fit(self, encoder: Encoder, train: Dataset, seed: Seed) -> MaskedClassifier:
         """Fit the head on bands of labelled images.

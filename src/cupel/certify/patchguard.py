@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from cupel.certify.certificate import MaskedClassifier
 from cupel.certify.local_net import LocalEvidence, LocalNet, local_net
 from cupel.certify.windows import Windows, receptive_field, squares, window_size
-from cupel.errors import SettingsError, UsageError, did_you_mean
+from cupel.errors import SettingsError
 from cupel.inference import device_of, features
 from cupel.losses.pulling import cosine_pull
 from cupel.metrics import check_labels
 from cupel.optimizers import NonNegative, Recipe
 from cupel.protocols import Batch, Encoder
 from cupel.seeds import Seed
-from cupel.settings import Positive, PositiveInt, settings
+from cupel.settings import Budgets, Positive, PositiveInt, settings
 from cupel.train import fit
 from cupel.types import Dataset, Need
 
@@ -30,7 +30,7 @@ __all__ = ["PatchGuard", "masked_logits"]
 
 
 @settings
-class PatchGuard(Recipe):
+class PatchGuard(Recipe, Budgets):
     """A certified classifier from an encoder: its knowledge is distilled into a network with a small receptive field.
 
     An encoder sees the whole image at once, so one patch touches all of its features and nothing can be certified. The
@@ -90,17 +90,6 @@ class PatchGuard(Recipe):
             raise SettingsError("PatchGuard.kernels", what, "give one of each per block")
         if any(kernel % 2 == 0 for kernel in self.kernels):
             raise SettingsError("PatchGuard.kernels", f"{list(self.kernels)} has an even one", "make all odd")
-
-    @classmethod
-    def preset(cls, budget: str) -> Self:
-        """Settings of a budget: `smoke`, `standard`, `paper`.
-
-        Raises:
-            UsageError: no such budget.
-        """
-        if budget not in cls.budgets:
-            raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, cls.budgets))
-        return cls(**cls.budgets[budget])
 
     def windows(self, side: int) -> Windows:
         """What a patch can touch of the map of an image.

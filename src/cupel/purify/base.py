@@ -5,22 +5,21 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from cupel.encoders import ImageEncoder
-from cupel.errors import UsageError, did_you_mean
 from cupel.implanting import inherited
 from cupel.inference import device_of
 from cupel.optimizers import Recipe
 from cupel.protocols import Encoder, Learner
 from cupel.seeds import Seed
-from cupel.settings import settings
+from cupel.settings import Budgets, settings
 from cupel.train import History, fit
 from cupel.types import Dataset, Need
 from cupel.verdicts import Evidence
@@ -51,23 +50,11 @@ class Job(NamedTuple):
     checkpoint: Path | None = None
 
 
-class PurifierBase(abc.ABC):
+class PurifierBase(Budgets, abc.ABC):
     """The verbs of a purifier; a method writes `work`."""
 
     title: ClassVar[str]
     needs: ClassVar[frozenset[Need]] = frozenset()
-    budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"smoke": {}, "standard": {}, "paper": {}}
-
-    @classmethod
-    def preset(cls, budget: str) -> Self:
-        """Settings of a budget: `smoke` (seconds on a small encoder), `standard`, `paper`.
-
-        Raises:
-            UsageError: no such budget.
-        """
-        if budget not in cls.budgets:
-            raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, cls.budgets))
-        return cls(**cls.budgets[budget])
 
     @property
     def idle(self) -> bool:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
-from cupel.errors import UsageError, did_you_mean
-from cupel.settings import canonical, digest
+from cupel.settings import Budgets, canonical, digest
 
 __all__ = ["Budgeted"]
 
 
-class Budgeted:
+class Budgeted(Budgets):
     """Base of settings that know `smoke`, `standard` and `paper`.
 
     Calibrations are found by `name`. Fields that a later release adds with a default change no name of a budget, so
@@ -19,22 +17,9 @@ class Budgeted:
 
     Attributes:
         method: Name in the table of methods.
-        budgets: Settings by budget; what is not named has its default.
     """
 
     method: ClassVar[str]
-    budgets: ClassVar[Mapping[str, Mapping[str, Any]]]
-
-    @classmethod
-    def preset(cls, budget: str) -> Self:
-        """Settings of a budget: `smoke`, `standard` or `paper`.
-
-        Raises:
-            UsageError: no such budget.
-        """
-        if budget not in cls.budgets:
-            raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, cls.budgets))
-        return cls(**cls.budgets[budget])
 
     @property
     def name(self) -> str:
