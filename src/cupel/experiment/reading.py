@@ -60,8 +60,8 @@ def read_experiment(source: str | Path) -> tuple[dict[str, Any], str]:
         DataError: no such file.
     """
     path = Path(source)
-    if not path.exists():
-        known = packaged()
+    known = packaged()
+    if not path.exists() or (path.is_dir() and str(source) in known):  # a folder of results may bear the name
         if str(source) not in known:
             raise DataError(source, "no such file or packaged experiment", did_you_mean(str(source), known))
         path = known[str(source)]

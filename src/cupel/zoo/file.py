@@ -143,7 +143,9 @@ def read_zoo(source: str | Path) -> Zoo:
     known = packaged_zoos()
     if not Path(source).exists() and str(source) not in known:
         raise DataError(source, "no such file or packaged zoo", did_you_mean(str(source), known))
-    plain, where = read_experiment(source if Path(source).exists() else known[str(source)])
+    plain, where = read_experiment(
+        known[str(source)] if str(source) in known and not Path(source).is_file() else source
+    )
     file = parse(_File, plain, where)
     if not file.scan:
         raise SettingsError(f"{where}.scan", "is empty", "name at least one scanner")

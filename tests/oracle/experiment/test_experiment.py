@@ -284,3 +284,12 @@ def test_label_free_methods_never_see_labels():
         _ = images.labels
     assert (images.labels_ == -1).all()
     assert issubclass(LabelsWithheld, CupelError)
+
+
+def test_a_folder_does_not_hide_a_packaged_experiment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "badencoder-lambdas").mkdir()
+    (tmp_path / "mine").mkdir()
+    assert read_experiment("badencoder-lambdas")[0]["name"] == "badencoder-lambdas"
+    with pytest.raises(DataError, match="is a folder"):
+        read_experiment("mine")

@@ -203,3 +203,9 @@ def test_overlap_of_masks():
     assert moved is not None
     assert (moved.iou, moved.distance) == (0.0, 12 / 16)
     assert overlap(0 * true.astype("float32"), true) is None
+
+
+def test_a_folder_does_not_hide_a_packaged_zoo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zoo-digits").mkdir()
+    assert read_zoo("zoo-digits").name == "zoo-digits"
