@@ -15,7 +15,7 @@ import typer
 
 from cupel import __version__
 from cupel.errors import CupelError, Interrupted, UsageError
-from cupel.progress import lines, reporting, request_stop, terminal
+from cupel.progress import Lines, Terminal, reporting, request_stop
 from cupel.zoo.command import zoo_app
 
 __all__ = ["app", "main"]
@@ -221,7 +221,7 @@ def _signals() -> Iterator[None]:
 
 
 def _call(arguments: Sequence[str]) -> int:
-    reporter = terminal() if sys.stderr.isatty() else lines()
+    reporter = Terminal() if sys.stderr.isatty() else Lines()
     with _signals(), reporting(reporter):
         try:
             return int(app(list(arguments), standalone_mode=False) or 0)

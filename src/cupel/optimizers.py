@@ -46,7 +46,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # torch's own signature has overloads
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One update; `closure` is not supported and must be None."""
         for group in self.param_groups:
             for w in group["params"]:

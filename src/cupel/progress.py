@@ -13,13 +13,13 @@ from cupel.errors import Interrupted
 
 __all__ = [
     "Advance",
+    "Lines",
     "Reporter",
-    "lines",
+    "Terminal",
     "reporting",
     "request_stop",
     "say",
     "stop_if_requested",
-    "terminal",
     "track",
 ]
 
@@ -95,7 +95,7 @@ def _shown(numbers: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
 
 
-class lines:  # noqa: N801  # reads as a function at its only call: reporting(lines())
+class Lines:
     """Plain lines on standard error, at most one per loop every `every` seconds."""
 
     def __init__(self, every: float = 5.0) -> None:
@@ -123,7 +123,7 @@ class lines:  # noqa: N801  # reads as a function at its only call: reporting(li
         self.say(f"  {label}  {total}/{total}  {_shown(shown)}  {time.monotonic() - start:.1f} s")
 
 
-class terminal:  # noqa: N801  # as `lines`
+class Terminal:
     """A bar per loop, on standard error."""
 
     def __init__(self) -> None:

@@ -88,7 +88,7 @@ def settings(cls: type[T]) -> type[T]:
         except pydantic.ValidationError as error:
             raise reworded(error, cls.__name__, made) from None
 
-    made.__init__ = init  # type: ignore[method-assign]  # pydantic's own errors take several lines
+    typing.cast("Any", made).__init__ = init  # pydantic's own errors take several lines
     return typing.cast("type[T]", made)
 
 

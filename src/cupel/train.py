@@ -179,7 +179,8 @@ class _State:
         try:
             with safe_open(self.path, "pt") as file:
                 note = json.loads(file.metadata()["cupel"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+                names = file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
         except Exception as error:  # safetensors raises its own types; whatever is wrong, starting over is right
             say(f"  {self.path.name}: unreadable checkpoint ({error}); starting over")
             return 0, {}

@@ -18,7 +18,7 @@ from cupel.experiment.run import Runner
 from cupel.experiment.spec import Experiment, cells
 from cupel.experiment.store import Store
 from cupel.files import write_json
-from cupel.progress import lines, reporting, say
+from cupel.progress import Lines, reporting, say
 from cupel.scan import Decree
 
 __all__ = ["calibrate"]
@@ -72,7 +72,7 @@ def main() -> None:
     arguments = parser.parse_args()
     content, where = read_experiment(arguments.experiment)
     experiment = cells(content, where)[0][1]
-    with reporting(lines(every=20)):
+    with reporting(Lines(every=20)):
         seeds = range(FIRST_SEED, FIRST_SEED + arguments.seeds)
         calibrate(experiment, seeds, arguments.budgets, Store(arguments.store), arguments.out)
 

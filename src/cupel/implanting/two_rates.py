@@ -74,7 +74,7 @@ class _Both(torch.optim.Optimizer):
         first.state = second.state = self.state
         self.first, self.second, self.ratio = first, second, ratio
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch's own signature has overloads
+    def step(self, closure: Any = None) -> Any:
         """One update of both."""
         for group in self.second.param_groups:
             group["lr"] *= self.ratio

@@ -123,7 +123,7 @@ class _Finder:
         outputs: set[int] = set()
         for node in self.graph.graph.nodes:
             if node.op == "output":
-                outputs |= {self.group[one] for one in node.all_input_nodes if self.group[one] is not None}  # type: ignore[misc]  # None is left out
+                outputs |= {group for one in node.all_input_nodes if (group := self.group[one]) is not None}
             else:
                 self.group[node] = self._follow(node)
         fixed = {self._root(one) for one in outputs}

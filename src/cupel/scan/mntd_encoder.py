@@ -184,7 +184,9 @@ def shadow_encoder(
         lr=settings.shadow_lr,
         schedule="cosine",
     )
-    return attack.implant(base, Knowledge((goal,), data), seed.child("implant")).model  # type: ignore[return-value]  # the kind it was given
+    made = attack.implant(base, Knowledge((goal,), data), seed.child("implant")).model
+    assert isinstance(made, ImageEncoder)  # it returns the kind it was given
+    return made
 
 
 def _answer(encoder: Encoder) -> Answer:
@@ -205,8 +207,9 @@ class _Finished:
             return
         try:
             with safe_open(path, "pt") as file:
+                names = file.keys()
                 if json.loads((file.metadata() or {})["cupel_mntd"]) == self.identity:
-                    self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+                    self.tensors = {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             say(f"  {path.name}: unreadable ({type(error).__name__}); starting over")
 

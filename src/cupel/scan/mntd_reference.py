@@ -154,7 +154,8 @@ def read_meta_reference(path: str | Path) -> MetaReference:
     try:
         with safe_open(path, "numpy") as file:
             values = json.loads((file.metadata() or {})["cupel_mntd"])
-            found = MetaReference.of(values, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # not a mapping
+            names = file.keys()
+            found = MetaReference.of(values, {name: file.get_tensor(name) for name in names})
         found.meta()
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(path, f"holds no meta-classifier ({type(error).__name__})", "train it again") from error

@@ -121,7 +121,8 @@ class _Shadows:
         for m, one in enumerate(self.trojans):
             if one is not None:
                 self.cover[m], self.pattern[m], self.target[m] = one.opacity * one.mask, one.pattern, one.target
-        self.state: nn.Module = nn.ModuleDict({"nets": self.nets, "clock": _Clock()})
+        self.clock = _Clock()
+        self.state: nn.Module = nn.ModuleDict({"nets": self.nets, "clock": self.clock})
 
     def parameters(self) -> list[nn.Parameter]:
         """Of all models."""
@@ -129,8 +130,7 @@ class _Shadows:
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Sum over the models of their mean cross entropies; the models go through in groups, to stay in the caches."""
-        clock: _Clock = self.state.get_submodule("clock")  # type: ignore[assignment]  # put there above
-        step, device = int(clock.step), self.images.device
+        step, device = int(self.clock.step), self.images.device
         drop = batch.seed.child("dropout").torch(device)
         losses, right = [], []
         for first in range(0, self.nets.count, _TOGETHER):
@@ -147,7 +147,7 @@ class _Shadows:
             logits = self.nets.logits(x, which, keep)
             losses.append(cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y).mean(1).sum())
             right.append((logits.detach().argmax(2) == y).float().mean(1))
-        clock.step += 1
+        self.clock.step += 1
         return torch.stack(losses).sum(), {"accuracy": torch.cat(right).mean()}
 
     def _pick(self, model: int, step: int) -> tuple[Tensor, Tensor]:

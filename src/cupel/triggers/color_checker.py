@@ -19,7 +19,7 @@ from cupel.triggers.published import Stamp
 __all__ = ["ColorChecker", "color_checkers"]
 
 Colour = Literal["cyan", "magenta", "yellow", "red"]
-_RGB: dict[str, tuple[int, int, int]] = {
+_RGB: dict[Colour, tuple[int, int, int]] = {
     "cyan": (0, 255, 255), "magenta": (255, 0, 255), "yellow": (255, 255, 0), "red": (255, 0, 0),
 }  # fmt: skip
 
@@ -84,4 +84,4 @@ def color_checkers(size: int = 4, margin: int = 0) -> tuple[ColorChecker, ...]:
         >>> [checker.colors for checker in color_checkers()][:2]
         [('cyan', 'magenta'), ('cyan', 'yellow')]
     """
-    return tuple(ColorChecker(colors=pair, size=size, margin=margin) for pair in combinations(_RGB, 2))  # type: ignore[arg-type]  # the dictionary's keys are the colours
+    return tuple(ColorChecker(colors=pair, size=size, margin=margin) for pair in combinations(_RGB, 2))

@@ -46,7 +46,8 @@ class FilterNet(nn.Module):
             self.up = nn.Conv2d(3 * width, width, 3, padding=1)
             self.leave = nn.Conv2d(width, 3, 3, padding=1)
         nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]  # it has one
+        assert self.leave.bias is not None
+        nn.init.zeros_(self.leave.bias)
 
     def forward(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
         """Images in [0, 1] → images in [0, 1], in float32 whatever the caller's precision."""

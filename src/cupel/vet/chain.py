@@ -234,7 +234,8 @@ def purify_encoder(
     found = [e for e in before.evidence if e.converged]
     if found:
         stamped = _stamped(some, min(found, key=lambda e: e.size))
-        residue = tuple(float(metrics.concentration(features(one, stamped))) for one in (encoder, current))
+        there, left = (float(metrics.concentration(features(one, stamped))) for one in (encoder, current))
+        residue = there, left
     source = {**current.card.source, "purified_with": type(purifier).__name__}
     result = dataclasses.replace(current, card=dataclasses.replace(current.card, source=source))
-    return Vetted(result, before, after, done, drift, residue, history)  # type: ignore[arg-type]  # two by construction
+    return Vetted(result, before, after, done, drift, residue, history)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -62,7 +62,9 @@ def _table(
     return zoo_table(folders, out, form.value)
 
 
-def zoo_build(source: str, out: Path | None, only: str | None, limit: int | None, dry_run: bool) -> int:
+def zoo_build(
+    source: str, out: Path | None, only: Literal["clean", "attacked", "scan"] | None, limit: int | None, dry_run: bool
+) -> int:
     """`cupel zoo build`; returns the exit code: 2 where a member failed.
 
     Args:
@@ -83,7 +85,7 @@ def zoo_build(source: str, out: Path | None, only: str | None, limit: int | None
             print(f"{one.half:<12}{kind:<19}{one.name}")
         return 0
     threads.settle()
-    built = build(zoo, out, only, limit)  # type: ignore[arg-type]  # one of the three words, by the enumeration
+    built = build(zoo, out, only, limit)
     print(f"{zoo.name}: {built.done} made, {built.stored} stored, {built.left} left, {len(built.failed)} failed  {out}")
     for record in built.failed:
         print(f"  {record.name}  FAILED: {record.reason or '; '.join(record.notes)}")
