@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["Evidence", "Reference", "Verdict", "VerdictWord"]
+__all__ = ["ORDER", "Evidence", "Reference", "Verdict", "VerdictWord"]
 
 VerdictWord = Literal["clean-by-test", "suspicious", "backdoored", "inconclusive"]
+ORDER: tuple[VerdictWord, ...] = ("clean-by-test", "inconclusive", "suspicious", "backdoored")
+"""From the best to the worst."""
 
 
 @dataclass(frozen=True)

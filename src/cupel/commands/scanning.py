@@ -12,7 +12,6 @@ from cupel.commands.shared import (
     CODES,
     about,
     encoder_at,
-    evidence_arrays,
     images_at,
     line,
     record_of,
@@ -23,6 +22,7 @@ from cupel.commands.shared import (
 from cupel.report import write_report
 from cupel.seeds import Seed
 from cupel.vet import (
+    evidence_arrays,
     junit,
     sarif,
     scan_encoder,
@@ -46,7 +46,7 @@ def scan(
     verdict, each = scan_encoder(model, data, scanners, Seed(seed).child("scan"))
     extra = {"scans": {"scanned": {name: values_of(one) for name, one in each}}, "file": model.card.source}
     record = record_of("scan", Path(encoder).name, seed, start, verdicts={"scanned": values_of(verdict)}, extra=extra)
-    arrays = evidence_arrays(verdict, "scanned")
+    arrays = evidence_arrays(verdict, "inverted/scanned")
     record = save(record, arrays, out)
     write_report([(record, arrays)], out / "report.html", title=f"Scan of {Path(encoder).name}")
     code = CODES[verdict.verdict]

@@ -35,7 +35,6 @@ __all__ = [
     "CODES",
     "about",
     "encoder_at",
-    "evidence_arrays",
     "images_at",
     "line",
     "record_of",
@@ -153,14 +152,6 @@ def spoken_shortly(verdict: Verdict) -> str:
 def values_of(verdict: Verdict) -> dict[str, Any]:
     """A verdict as it stands in result.json, with the memory it took."""
     return {**verdict.to_json(), "peak_memory_mib": verdict.peak_memory_mib}
-
-
-def evidence_arrays(verdict: Verdict, which: str) -> dict[str, np.ndarray[Any, Any]]:
-    """Inverted triggers under the names that reports look for."""
-    arrays: dict[str, np.ndarray[Any, Any]] = {}
-    for i, one in enumerate(verdict.evidence):
-        arrays |= {f"inverted/{which}/{i}/mask": one.mask, f"inverted/{which}/{i}/pattern": one.pattern}
-    return arrays
 
 
 def save(record: Record, arrays: dict[str, np.ndarray[Any, Any]], folder: Path) -> Record:

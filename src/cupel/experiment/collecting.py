@@ -14,6 +14,7 @@ from cupel.experiment.spec import Experiment
 from cupel.experiment.step import Step, task_names
 from cupel.experiment.store import Artefact
 from cupel.records import Metric, Record
+from cupel.verdicts import ORDER
 
 __all__ = ["Collected"]
 
@@ -156,5 +157,4 @@ def _metric_name(which: str, kind: str) -> str:
 
 
 def _worse(a: Mapping[str, Any] | None, b: Mapping[str, Any]) -> Mapping[str, Any]:
-    order = ["clean-by-test", "inconclusive", "suspicious", "backdoored"]
-    return b if a is None or order.index(b["verdict"]) > order.index(a["verdict"]) else a
+    return b if a is None or ORDER.index(b["verdict"]) > ORDER.index(a["verdict"]) else a

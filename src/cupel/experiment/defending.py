@@ -19,7 +19,7 @@ from cupel.inference import triggered
 from cupel.scan import MetaReference
 from cupel.types import Dataset, Goal, Poisoned
 from cupel.verdicts import Reference
-from cupel.vet import scan_evidence
+from cupel.vet import evidence_arrays, scan_evidence
 
 __all__ = ["certify", "filtered", "own_head", "purify", "reference", "retune", "scan"]
 
@@ -39,10 +39,8 @@ def scan(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
     if len(inputs) > 2:
         learned = MetaReference.of(inputs[2].values, inputs[2].arrays)
     verdict = scanner.scan(inputs[0].encoder, _shown(scanner, inputs[1]), step.seed, learned)
-    arrays: dict[str, np.ndarray[Any, Any]] = {}
-    for i, one in enumerate(verdict.evidence):
-        arrays |= {f"inverted/{i}/mask": one.mask, f"inverted/{i}/pattern": one.pattern}
-    return Artefact({"verdict": verdict.to_json(), "peak_memory_mib": verdict.peak_memory_mib}, arrays)
+    values = {"verdict": verdict.to_json(), "peak_memory_mib": verdict.peak_memory_mib}
+    return Artefact(values, evidence_arrays(verdict))
 
 
 def filtered(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:

@@ -13,8 +13,9 @@ from cupel.experiment.spec import Downstream, Experiment
 from cupel.experiment.step import VIRTUAL, Step, Steps, recipe_of, task_names
 from cupel.implanting import file_content
 from cupel.purify import PURIFIERS
-from cupel.scan import FILTERS, SCANNERS, shipped_reference
+from cupel.scan import FILTERS, shipped_reference
 from cupel.settings import method_name
+from cupel.vet import scanner_label
 
 __all__ = ["VIRTUAL", "Step", "file_content", "plan", "recipe_of", "task_names"]
 
@@ -145,7 +146,7 @@ class _Plan(Steps):
 
     def scan(self, which: str) -> None:
         """What each scanner says of an encoder."""
-        labels = [_scanner_name(one) for one in self.experiment.scan]
+        labels = [scanner_label(one) for one in self.experiment.scan]
         for i, scanner in enumerate(self.experiment.scan):
             name = labels[i] if labels.count(labels[i]) == 1 else f"{labels[i]}-{labels[: i + 1].count(labels[i])}"
             inputs = [self.encoders[which], self._labelled() if "labels" in scanner.needs else self.defender]
@@ -260,11 +261,6 @@ class _Plan(Steps):
         extra = [self.goals] if self.goals else []
         method = {"task": self.tasks[0], "probe": first.probe, **roles}
         self.add("describe", "describe", method, *shown, *extra)
-
-
-def _scanner_name(scanner: Any) -> str:
-    variant = getattr(scanner, "variant", "stamp")
-    return method_name(scanner, SCANNERS) + ("" if variant == "stamp" else f"-{variant}")
 
 
 def _numbered(name: str, i: int) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from cupel.records import Record
 from cupel.report.gallery import in_order
-from cupel.report.text import plain
+from cupel.report.text import figure, number_of, plain
 from cupel.report.words import VERDICTS, encoder_label
 
 __all__ = ["costs_of", "scanners_of"]
@@ -32,8 +31,8 @@ def scanners_of(record: Record) -> list[View]:
                     "scanner": plain(scanner, 60),
                     "word": word if word in VERDICTS else "unknown",
                     "label": VERDICTS.get(word, (plain(word, 40) or "Unknown", ""))[0],
-                    "score": _figure(said.get("score")),
-                    "threshold": _figure(said.get("threshold")),
+                    "score": figure(said.get("score")),
+                    "threshold": figure(said.get("threshold")),
                     "tested": plain(said.get("tested", ""), 200),
                     **_cost({**counts, "peak_memory_mib": said.get("peak_memory_mib")}),
                 }
@@ -55,7 +54,7 @@ def _mappings(value: Any) -> dict[str, Mapping[str, Any]]:
 
 
 def _cost(of: Mapping[str, Any]) -> View:
-    memory = _number(of.get("peak_memory_mib"))
+    memory = number_of(of.get("peak_memory_mib"))
     return {
         "forward": _whole(of, "forward_images"),
         "backward": _whole(of, "backward_images"),
@@ -63,15 +62,6 @@ def _cost(of: Mapping[str, Any]) -> View:
     }
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
 def _whole(of: Mapping[str, Any], key: str = "images") -> str:
-    number = _number(of.get(key))
+    number = number_of(of.get(key))
     return "–" if number is None else f"{number:,.0f}".replace(",", "\u202f")
-
-
-def _figure(value: Any) -> str:
-    number = _number(value)
-    return "–" if number is None else f"{number:.4g}".replace("-", "−")

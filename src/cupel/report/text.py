@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 
-__all__ = ["NOT_MEASURABLE", "interval", "percent", "plain", "points", "short_key", "span"]
+__all__ = ["NOT_MEASURABLE", "figure", "interval", "number_of", "percent", "plain", "points", "short_key", "span"]
 
 NOT_MEASURABLE = "not measurable"
 _ANSI = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?")
@@ -107,3 +108,21 @@ def span(seconds: float) -> str:
 def short_key(key: object) -> str:
     """The first twelve characters of a cache key: enough to find it by."""
     return plain(key, 64)[:12]
+
+
+def number_of(value: object) -> float | None:
+    """The value where it is a finite number, else None; a record may hold anything."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def figure(value: object) -> str:
+    """Four digits of a number, a dash where there is none.
+
+    Example:
+        >>> figure(-0.123456), figure("x")
+        ('−0.1235', '–')
+    """
+    number = number_of(value)
+    return "–" if number is None else f"{number:.4g}".replace("-", "−")

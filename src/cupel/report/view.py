@@ -15,7 +15,7 @@ from cupel.report.changes import changes_of
 from cupel.report.defences import costs_of, scanners_of
 from cupel.report.gallery import MOMENTS, in_order, maps_of, pictures_of, references_of
 from cupel.report.tasks import Task, tasks_of
-from cupel.report.text import interval, percent, plain, points, short_key, span
+from cupel.report.text import figure, interval, number_of, percent, plain, points, short_key, span
 from cupel.report.triggers import triggers_of
 from cupel.report.words import CURVES, VERDICTS, encoder_label, metric_word, story
 
@@ -189,30 +189,21 @@ def _verdict(name: str, verdict: Mapping[str, Any]) -> View:
     word = str(verdict.get("verdict", ""))
     label, meaning = VERDICTS.get(word, (plain(word, 40) or "Unknown", ""))
     alarm, alarm_text = verdict.get("false_alarm"), "not measured for this kind of encoder"
-    if isinstance(alarm, Mapping) and _number(alarm.get("rate")) is not None:
-        alarm_text = f"{percent(_number(alarm['rate']))} of {plain(alarm.get('n', '?'), 12)} clean encoders"
+    if isinstance(alarm, Mapping) and number_of(alarm.get("rate")) is not None:
+        alarm_text = f"{percent(number_of(alarm['rate']))} of {plain(alarm.get('n', '?'), 12)} clean encoders"
     details = verdict.get("details")
     return {
         "encoder": encoder_label(name),
         "word": word if word in VERDICTS else "unknown",
         "label": label,
         "meaning": meaning,
-        "score": _score(verdict.get("score")),
-        "threshold": _score(verdict.get("threshold")),
+        "score": figure(verdict.get("score")),
+        "threshold": figure(verdict.get("threshold")),
         "tested": plain(verdict.get("tested", ""), 300) or "not stated",
         "alarm": alarm_text,
         "reason": plain(verdict.get("reason", ""), 400),
-        "details": [(plain(k, 60), _score(v)) for k, v in details.items()] if isinstance(details, Mapping) else [],
+        "details": [(plain(k, 60), figure(v)) for k, v in details.items()] if isinstance(details, Mapping) else [],
     }
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _score(value: Any) -> str:
-    number = _number(value)
-    return "–" if number is None else f"{number:.4g}".replace("-", "−")
 
 
 def _curves(arrays: Arrays) -> list[View]:

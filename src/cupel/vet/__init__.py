@@ -3,6 +3,7 @@
 from cupel.vet.chain import (
     Vetted,
     default_chain,
+    evidence_arrays,
     purify_encoder,
     reference_for,
     scan_encoder,
@@ -16,6 +17,7 @@ from cupel.vet.spoken import spoken
 __all__ = [
     "Vetted",
     "default_chain",
+    "evidence_arrays",
     "junit",
     "purify_encoder",
     "reference_for",

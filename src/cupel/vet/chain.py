@@ -19,11 +19,12 @@ from cupel.protocols import Encoder, Purifier, Scanner
 from cupel.scan import SCANNERS, Decree, PScan, shipped_reference
 from cupel.seeds import Seed
 from cupel.types import Dataset
-from cupel.verdicts import Evidence, Reference, Verdict
+from cupel.verdicts import ORDER, Evidence, Reference, Verdict
 
 __all__ = [
     "Vetted",
     "default_chain",
+    "evidence_arrays",
     "purify_encoder",
     "reference_for",
     "scan_encoder",
@@ -31,8 +32,6 @@ __all__ = [
     "scanner_label",
     "together",
 ]
-
-_ORDER = ("clean-by-test", "inconclusive", "suspicious", "backdoored")
 
 
 def default_chain(budget: str = "standard") -> list[Scanner]:
@@ -87,7 +86,7 @@ def together(each: Sequence[tuple[str, Verdict]]) -> Verdict:
     """
     if len(each) == 1:
         return each[0][1]
-    worst = max((v for _, v in each), key=lambda v: _ORDER.index(v.verdict))
+    worst = max((v for _, v in each), key=lambda v: ORDER.index(v.verdict))
     others = [v for _, v in each if v is not worst and v.verdict in ("backdoored", "suspicious")]
     found = [one for v in others for one in v.evidence if one.converged]
     deciding = next(name for name, v in each if v is worst)
@@ -114,6 +113,14 @@ def reference_for(scanner: Any, card: Card) -> Reference | None:
     if not isinstance(recipe, str):
         return None
     return shipped_reference(scanner.name, str(card.architecture.get("method")), recipe)
+
+
+def evidence_arrays(verdict: Verdict, under: str = "inverted") -> dict[str, np.ndarray[Any, Any]]:
+    """Inverted triggers as arrays `<under>/<i>/mask` and `/pattern`; `scan_evidence` reads them."""
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for i, one in enumerate(verdict.evidence):
+        arrays |= {f"{under}/{i}/mask": one.mask, f"{under}/{i}/pattern": one.pattern}
+    return arrays
 
 
 def scan_evidence(verdict: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> list[Evidence]:

@@ -25,6 +25,7 @@ from cupel.progress import say
 from cupel.protocols import Scanner
 from cupel.records import Metric, Record
 from cupel.settings import canonical, digest, method_name
+from cupel.verdicts import ORDER
 from cupel.zoo.entries import MANIFEST
 from cupel.zoo.file import Member, Zoo, trigger_of
 from cupel.zoo.looks import Look, look_of, overlap
@@ -33,7 +34,6 @@ from cupel.zoo.meta import base_of, learns, scan_with_reference, with_base
 __all__ = ["Built", "Only", "build", "steps_of"]
 
 Only = Literal["clean", "attacked", "scan"]
-_ORDER = ("clean-by-test", "inconclusive", "suspicious", "backdoored")
 _METRICS = {
     "clean": {"accuracy": "clean_accuracy", "attack_success_rate": "attack_success_rate_baseline"},
     "backdoored": {"accuracy": "backdoored_accuracy", "attack_success_rate": "attack_success_rate"},
@@ -241,7 +241,7 @@ def _collected(zoo: Zoo, member: Member, steps: _Steps, runner: Runner, base: Re
     }
     which = "backdoored" if member.attacked else "clean"
     words = [one["verdict"] for one in scans.values()]
-    worst = max(words, key=lambda one: _ORDER.index(one["verdict"])) if words else None
+    worst = max(words, key=lambda one: ORDER.index(one["verdict"])) if words else None
     return dataclasses.replace(
         base,
         seconds={"total": round(total, 3)},

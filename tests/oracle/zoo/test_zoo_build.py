@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 
 import pytest
 import torch
@@ -123,7 +122,6 @@ def test_shadow_models_are_made_once_from_the_calibration_half(tmp_path, source,
             given.append(reference.auc)
             return Verdict("clean-by-test", 0.1, 0.5, "nothing", reason="a stub")
 
-    monkeypatch.setattr(sys.modules["cupel.experiment.plan"], "SCANNERS", {"decree": Shadowed})
     zoo = dataclasses.replace(read_zoo(source), scanners=(Shadowed(steps=3),), chain=())
     out = tmp_path / "zoo"
     made = build(zoo, out)
