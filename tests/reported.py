@@ -41,6 +41,13 @@ def _map(spread: float, draw: np.random.Generator, hit: bool) -> tuple[np.ndarra
     return np.concatenate([points, triggered, reference]).astype(np.float32), group
 
 
+def _path(least: float, draw: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Masks that shrink from half the image; `least` reaches the goal."""
+    area = (0.5 - 0.8 * least) * np.exp(-np.arange(300) / 60) + 0.8 * least
+    reach = 1 - 0.01 * (least / area) ** 1.5 * draw.uniform(0.7, 1.3, 300)
+    return np.stack([area, reach], axis=1).astype(np.float32)
+
+
 def fake_arrays(seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
     """Every array that the page knows."""
     draw = np.random.default_rng(seed)
@@ -68,6 +75,7 @@ def fake_arrays(seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
             found[at[0] : at[0] + size, at[1] : at[1] + size] = draw.uniform(0.6, 1, size=(size, size))
             arrays[f"inverted/{name}/{start}/mask"] = found
             arrays[f"inverted/{name}/{start}/pattern"] = draw.random((3, SIDE, SIDE), dtype=np.float32)
+            arrays[f"inverted/{name}/{start}/path"] = _path((size / SIDE) ** 2, draw)
     t = np.arange(600)
     arrays["curve/pretrain/loss"] = (5.2 - 3 * (1 - np.exp(-t / 150)) + draw.normal(0, 0.08, 600)).astype(np.float32)
     arrays["curve/pretrain/feature_std"] = np.linspace(0.2, 0.9, 12, dtype=np.float32)
@@ -87,8 +95,9 @@ def _verdict(word: str, pl1: float) -> dict[str, Any]:
         "threshold": 0.925,
         "tested": "small universal stamps (mask-and-pattern inversion)",
         "reason": f"smallest stamp covers {pl1:.3f} of the image, z = {(pl1 - 0.15) * 40:.1f} against 6 clean encoders",
-        "details": {"pl1": pl1, "transfer": 0.987, "conc_clean": 0.412},
+        "details": {"pl1": pl1, "transfer": 0.987, "conc_clean": 0.412, "goal": 0.99},
         "false_alarm": {"rate": 0.0, "n": 6},
+        "clean_scores": [0.81, 0.79, 0.83, 0.84, 0.8, 0.86],
         "evidence": [
             {"size": pl1, "converged": True, "source": "decree/smoke start 0"},
             {"size": pl1 * 1.3, "converged": True, "source": "decree/smoke start 1"},

@@ -70,6 +70,10 @@ class Budgets:
             raise UsageError("budget", f"unknown '{budget}'", did_you_mean(budget, cls.budgets))
         return cls(**cls.budgets[budget])
 
+    def alike(self, budget: str) -> Self:
+        """The settings of a budget for the same kind of method; kinds exist where a method says so."""
+        return self.preset(budget)
+
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, Field))
 def settings(cls: type[T]) -> type[T]:
@@ -111,7 +115,8 @@ class OneOf:
     """Annotation of a field that holds a method of a table: `Annotated[Trigger, OneOf(TRIGGERS)]`.
 
     In YAML the method is a mapping with the key `method`, or the bare name when all defaults are meant;
-    in Python it is an instance of one of the table's classes.
+    in Python it is an instance of one of the table's classes. The key `budget` names the settings that hold
+    where the mapping says nothing else, for methods that have budgets.
     """
 
     table: Mapping[str, type]
@@ -143,8 +148,15 @@ def _with_method(value: Any) -> Any:
 
 
 def _from_plain(cls: type, value: Any) -> Any:
+    given = {k: v for k, v in value.items() if k != "method"}
+    budget = given.pop("budget", None) if issubclass(cls, Budgets) else None
     # through JSON again: in pydantic's strict Python mode a list is no tuple
-    return TypeAdapter(cls).validate_json(json.dumps({k: v for k, v in value.items() if k != "method"}))
+    made: Any = TypeAdapter(cls).validate_json(json.dumps(given))
+    if budget is None:
+        return made
+    if budget not in made.budgets:
+        raise ValueError(f"unknown budget '{budget}'; choose one of {', '.join(made.budgets)}")
+    return dataclasses.replace(made.alike(budget), **{name: getattr(made, name) for name in given})
 
 
 def parse(cls: type[T], data: Any, where: str) -> T:

@@ -25,6 +25,8 @@ class Evidence:
         size: Mean of the mask, in [0, 1] (DECREE's PL1-norm).
         converged: The inversion reached its goal.
         source: Method and start that found it.
+        path: float32 `[steps, 2]`, size and reach (of the inversion's goal) of what was tried, step by step; None = not
+            recorded.
     """
 
     mask: np.ndarray[Any, np.dtype[np.float32]]
@@ -32,6 +34,7 @@ class Evidence:
     size: float
     converged: bool
     source: str
+    path: np.ndarray[Any, np.dtype[np.float32]] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Verdict:
         false_alarm: Share of clean encoders that were called backdoored, with the number tried; None = not measured.
         peak_memory_mib: Most memory the process held until then; None = not measured. Unlike the rest it differs from
             run to run, so it counts in no comparison and is not in `to_json`.
+        clean_scores: Those of the clean encoders it was compared with, in the unit of `score`; none = uncalibrated.
     """
 
     verdict: VerdictWord
@@ -74,6 +78,7 @@ class Verdict:
     reason: str = ""
     false_alarm: tuple[float, int] | None = None
     peak_memory_mib: float | None = field(default=None, compare=False)
+    clean_scores: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The plain values; arrays are left to the evidence files."""
@@ -86,5 +91,6 @@ class Verdict:
             "reason": self.reason,
             "details": dict(self.details),
             "false_alarm": alarm,
+            "clean_scores": list(self.clean_scores),
             "evidence": [{"size": e.size, "converged": e.converged, "source": e.source} for e in self.evidence],
         }

@@ -160,6 +160,15 @@ def test_scan_then_purify(folder, tmp_path, capsys):
     for one in each.values():
         assert one["details"]["forward_images"] > one["details"]["backward_images"] > 0
         assert one["peak_memory_mib"] > 50
+    stored = np.load(tmp_path / "scan" / "evidence.npz")
+    assert stored["images/scanned"].shape[0] == 1
+    drawn = [name for name in stored.files if name.endswith("/path")]
+    assert len(drawn) == sum(len(one["evidence"]) for name, one in each.items() if name.startswith("decree"))
+    page = (tmp_path / "scan" / "report.html").read_text()
+    assert page.count('class="start"') == len(drawn)
+    judged = ", ".join(name for name, one in each.items() if one["verdict"] != "inconclusive")
+    assert f"There are no clean encoders to compare with for {judged};" in page
+    assert "enlarged 8 times" in page
     assert verdict["details"]["forward_images"] == sum(one["details"]["forward_images"] for one in each.values())
     code = call(
         "purify", folder / "encoder.safetensors", *arguments, "--out", tmp_path / "clean.safetensors",

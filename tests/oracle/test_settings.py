@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import copy
-from typing import Annotated, ClassVar
+import dataclasses
+from typing import Annotated, Any, ClassVar
 
 import pytest
 
 from cupel.errors import SettingsError
-from cupel.settings import DataFile, Fraction, OneOf, PositiveInt, canonical, digest, parse, registry, settings
+from cupel.settings import (
+    Budgets,
+    DataFile,
+    Fraction,
+    OneOf,
+    PositiveInt,
+    canonical,
+    digest,
+    parse,
+    registry,
+    settings,
+)
 
 
 @settings
@@ -145,3 +157,34 @@ def test_registry_refuses_a_name_claimed_twice(monkeypatch):
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [Entry])
     with pytest.raises(SettingsError, match="claimed twice"):
         registry("triggers", TRIGGERS)
+
+
+@settings
+class Sized(Budgets):
+    steps: int = 9
+    kind: str = "plain"
+    rates: tuple[float, float] = (0.1, 0.2)
+    budgets: ClassVar = {"smoke": {"steps": 2, "rates": (0.5, 0.6)}, "standard": {}}
+
+    def alike(self, budget):
+        made = self.preset(budget)
+        return made if self.kind == "plain" else dataclasses.replace(made, steps=made.steps + 1)
+
+
+@settings
+class Holding:
+    method: Annotated[Any, OneOf({"sized": Sized, "mixed": Mixed})]
+
+
+def test_a_budget_names_what_is_not_said():
+    def made(**plain):
+        return parse(Holding, {"method": {"method": "sized", **plain}}, "file").method
+
+    assert made(budget="smoke") == Sized(steps=2, rates=(0.5, 0.6))
+    assert made(budget="smoke", rates=[0.1, 0.2]) == Sized(steps=2)  # what is said counts, even where it is the default
+    assert made(budget="smoke", kind="other") == Sized(steps=3, rates=(0.5, 0.6), kind="other")
+    assert made(budget="standard") == made() == Sized()
+    with pytest.raises(SettingsError, match="unknown budget 'smok'; choose one of smoke, standard"):
+        made(budget="smok")
+    with pytest.raises(SettingsError, match="unknown key 'budget'"):  # it has none
+        parse(Holding, {"method": {"method": "mixed", "budget": "smoke"}}, "file")

@@ -6,6 +6,10 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 from cupel import threads
 from cupel.commands.shared import (
@@ -21,6 +25,8 @@ from cupel.commands.shared import (
 )
 from cupel.report import write_report
 from cupel.seeds import Seed
+from cupel.types import Dataset
+from cupel.verdicts import Verdict
 from cupel.vet import (
     evidence_arrays,
     junit,
@@ -46,7 +52,7 @@ def scan(
     verdict, each = scan_encoder(model, data, scanners, Seed(seed).child("scan"))
     extra = {"scans": {"scanned": {name: values_of(one) for name, one in each}}, "file": model.card.source}
     record = record_of("scan", Path(encoder).name, seed, start, verdicts={"scanned": values_of(verdict)}, extra=extra)
-    arrays = evidence_arrays(verdict, "inverted/scanned")
+    arrays = evidence_arrays(verdict, "inverted/scanned") | _paths_left_out(verdict, each) | _shown(data)
     record = save(record, arrays, out)
     write_report([(record, arrays)], out / "report.html", title=f"Scan of {Path(encoder).name}")
     code = CODES[verdict.verdict]
@@ -61,3 +67,20 @@ def scan(
             line(label, text)
         line("report", f"{out / 'report.html'}  {out / 'result.json'}")
     return code
+
+
+def _paths_left_out(verdict: Verdict, each: Sequence[tuple[str, Verdict]]) -> dict[str, np.ndarray[Any, Any]]:
+    """Paths of the inversions whose triggers are not in the verdict that counts: `scans/scanned/<scanner>/<i>/path`."""
+    kept = {id(one) for one in verdict.evidence}
+    return {
+        f"scans/scanned/{name}/{i}/path": one.path
+        for name, said in each
+        for i, one in enumerate(said.evidence)
+        if one.path is not None and id(one) not in kept
+    }
+
+
+def _shown(data: Dataset) -> dict[str, np.ndarray[Any, Any]]:
+    """The first image, uint8 `[1, height, width, 3]`, for the page to put the triggers on."""
+    first = data.inputs[torch.arange(min(1, len(data)))].permute(0, 2, 3, 1)
+    return {"images/scanned": first.contiguous().numpy()} if len(data) else {}

@@ -10,8 +10,10 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cupel
+from cupel.encoders import ENCODERS
 from cupel.experiment.plan import plan, recipe_of
 from cupel.experiment.reading import read_experiment
 from cupel.experiment.run import Runner
@@ -19,46 +21,48 @@ from cupel.experiment.spec import Experiment, cells
 from cupel.experiment.store import Store
 from cupel.files import write_json
 from cupel.progress import Lines, reporting, say
-from cupel.scan import Decree
+from cupel.settings import method_name
+from cupel.vet import default_chain
 
 __all__ = ["calibrate"]
 
 FIRST_SEED = 1000
+LEAST = 1e-6  # sizes of 0 have no logarithm
 
 
 def calibrate(experiment: Experiment, seeds: Sequence[int], budgets: Sequence[str], store: Store, out: Path) -> None:
-    """Write one calibration file per budget.
+    """Write one calibration file per scanner of the default chain and budget.
 
     Args:
         experiment: Its upstream and defender count.
-        seeds: One clean encoder each.
-        budgets: Presets of DECREE.
+        seeds: One clean encoder each. Those of which a scanner can say nothing are left out of its file.
+        budgets: Presets of the chain.
         store: Artefacts; run again to go on.
         out: Folder of calibration files.
     """
-    scores: dict[str, list[float]] = {budget: [] for budget in budgets}
-    scanners = tuple(Decree.preset(budget) for budget in budgets)
+    scanners: list[Any] = [one for budget in budgets for one in default_chain(budget)]
+    sizes: dict[str, list[float]] = {scanner.name: [] for scanner in scanners}
     for seed in seeds:
-        one = dataclasses.replace(experiment, seed=seed, attack=None, purify=(), scan=scanners)
+        one = dataclasses.replace(experiment, seed=seed, attack=None, purify=(), scan=tuple(scanners))
         runner = Runner(store, "cpu")
         wanted = [step for step in plan(one) if step.stage == "scan"]
-        for budget, step in zip(budgets, wanted, strict=True):
-            say(f"seed {seed}: {step.name} ({budget})")
-            details = runner.value(step).values["verdict"]["details"]
-            scores[budget].append(float(details["pl1"]))
-            say(f"  PL1 {details['pl1']:.4f}")
-    architecture = next(step.method["encoder"] for step in plan(experiment) if step.stage == "pretrain")
+        for scanner, step in zip(scanners, wanted, strict=True):
+            said = runner.value(step).values["verdict"]
+            say(f"  seed {seed}, {scanner.name}: score {said['score']:.4f}")
+            if said["verdict"] != "inconclusive":
+                sizes[scanner.name].append(max(LEAST, 1 - float(said["score"])))
     recipe = recipe_of(experiment)
-    for budget, found in scores.items():
+    for name, found in sizes.items():
         note = {
-            "scanner": f"decree/{budget}",
+            "scanner": name,
             "recipe": recipe["id"],
-            "architecture": type(architecture).__name__.lower(),
+            "architecture": method_name(experiment.upstream.encoder, ENCODERS),
             "scores": found,
-            "about": f"PL1-norms of clean encoders: {recipe['text']}; seeds {seeds[0]} to {seeds[-1]}; "
+            "about": f"Sizes (1 − score) for clean encoders: {recipe['text']}; seeds {seeds[0]} to {seeds[-1]}; "
             f"cupel {cupel.__version__}, {experiment.defender.size} images",
         }
-        write_json(out / f"decree-{budget}-{experiment.name}.json", note)
+        if found:
+            write_json(out / f"{name.replace('/', '-')}-{experiment.name}.json", note)
 
 
 def main() -> None:

@@ -20,10 +20,14 @@ from cupel.vet import scanner_label
 __all__ = ["VIRTUAL", "Step", "file_content", "plan", "recipe_of", "task_names"]
 
 
-def plan(experiment: Experiment) -> tuple[Step, ...]:
+def plan(experiment: Experiment, *, calibrated: bool = True) -> tuple[Step, ...]:
     """All steps of one cell, each after its inputs.
 
     Every attacked run has its clean twin: the same encoder, pre-trained with the same seed on clean images.
+
+    Args:
+        experiment: What is planned.
+        calibrated: Whether scans are read with the calibrations that ship.
 
     Raises:
         SettingsError: two tasks of one name, goals that contradict each other or do not suit the attack, or a defence
@@ -31,7 +35,7 @@ def plan(experiment: Experiment) -> tuple[Step, ...]:
         UsageError: a trigger does not fit into the image.
         DataError: a named file or data set is not there.
     """
-    made = _Plan(experiment)
+    made = _Plan(experiment, calibrated)
     made.pretrain()
     made.attack()
     for which in list(made.encoders):
@@ -50,6 +54,7 @@ class _Plan(Steps):
 
     Args:
         experiment: What is planned.
+        calibrated: See `plan`.
 
     Attributes:
         steps: So far, each after its inputs.
@@ -58,8 +63,9 @@ class _Plan(Steps):
         goals: The step that says what the attacker wants, where there is an attack.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, calibrated: bool) -> None:
         super().__init__(experiment)
+        self.calibrated = calibrated
         self.encoders: dict[str, Step] = {}
         self.verdicts: dict[str, list[Step]] = {}
         self.goals: Step | None = None
@@ -151,7 +157,7 @@ class _Plan(Steps):
             name = labels[i] if labels.count(labels[i]) == 1 else f"{labels[i]}-{labels[: i + 1].count(labels[i])}"
             inputs = [self.encoders[which], self._labelled() if "labels" in scanner.needs else self.defender]
             learns = hasattr(scanner, "train_reference")
-            known = None if learns else _reference_values(self.experiment, scanner)
+            known = None if learns or not self.calibrated else _reference_values(self.experiment, scanner)
             inputs += [self._meta_reference(scanner, name)] if learns else []
             judged: dict[str, Any] = {"scanner": scanner, "reference": known}
             self.verdicts.setdefault(which, []).append(

@@ -40,6 +40,8 @@ class Inverted:
         reach: `[starts]`, of the batch that the mask was kept from (the last batch where none succeeded).
         found: `[starts]`, the goal was reached.
         steps: `[starts]`, batches used.
+        path: `[starts, steps, 2]`, size and reach at each batch, NaN after the last batch of a start; None = not
+            recorded.
     """
 
     mask: Float[Tensor, "starts height width"]
@@ -48,6 +50,7 @@ class Inverted:
     reach: Float[Tensor, " starts"]
     found: Bool[Tensor, " starts"]
     steps: Int[Tensor, " starts"]
+    path: Float[Tensor, "starts steps 2"] | None = None
 
 
 @contextlib.contextmanager
@@ -135,6 +138,7 @@ def invert(
     reached = torch.zeros(num_starts, device=device)
     used = torch.zeros(num_starts, dtype=torch.int64, device=device)
     stale = torch.zeros(num_starts, dtype=torch.int64, device=device)
+    path = torch.full((num_starts, budget.steps, 2), math.nan, device=device)
     order = torch.empty(0)
     epoch_reach = torch.zeros(num_starts, device=device)
     guard = guarded(device.type, torch.get_num_threads, torch.set_num_threads)
@@ -162,6 +166,7 @@ def invert(
                 best[alive] = torch.where(better, size, best[alive])
                 stale[alive] = torch.where(keep, 0, stale[alive] + 1)
                 used[alive] += 1
+                path[alive, step] = torch.stack([size, reach], dim=-1).float()
                 epoch_reach += reach / per_epoch
                 lam = budget.cost.after(lam, success)
                 v = adam.step(v.detach(), gradient, budget.lr_at(step))
@@ -187,6 +192,7 @@ def invert(
         reach=reached.cpu(),
         found=found.cpu(),
         steps=used.cpu(),
+        path=path[:, : int(used.max())].cpu(),
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from cupel.records import Record
 from cupel.report.cells import Arrays
+from cupel.report.closeup import closeup
 from cupel.report.gallery import in_order
 from cupel.report.pictures import data_uri, is_picture, stamp_uri
 from cupel.report.text import percent, plain
@@ -21,14 +22,21 @@ _MOST = 3
 
 
 def triggers_of(record: Record, arrays: Arrays) -> View | None:
-    """The true trigger (None where it is not known) and, per encoder, its smallest inverted ones first."""
+    """The true trigger (None where it is not known) and, per encoder, its smallest inverted ones first.
+
+    The smallest of each encoder comes enlarged too: see `closeup`.
+    """
     true = _true(arrays)
     names = {key.split("/")[1] for key in arrays if key.startswith("inverted/")}
     encoders = []
     for name in in_order(names):
         found = _inverted(name, arrays, record.verdicts.get(name, {}))
         if found:
-            encoders.append({"encoder": encoder_label(name), "found": found[:_MOST], "total": len(found)})
+            under = f"inverted/{name}/{found[0]['start']}"
+            close = closeup(arrays[f"{under}/mask"], arrays[f"{under}/pattern"], arrays)
+            encoders.append(
+                {"encoder": encoder_label(name), "found": found[:_MOST], "total": len(found), "close": close}
+            )
     return {"true": true, "encoders": encoders} if true or encoders else None
 
 
@@ -66,6 +74,7 @@ def _inverted(name: str, arrays: Arrays, verdict: Mapping[str, Any]) -> list[Vie
         converged = about.get("converged")
         made.append(
             {
+                "start": start,
                 "uri": uri,
                 "mask": data_uri(np.asarray(np.rint(255 * shade), dtype=np.uint8)),
                 "size": size,

@@ -14,6 +14,8 @@ from cupel.report.cells import Arrays
 from cupel.report.changes import changes_of
 from cupel.report.defences import costs_of, scanners_of
 from cupel.report.gallery import MOMENTS, in_order, maps_of, pictures_of, references_of
+from cupel.report.paths import paths_of
+from cupel.report.standing import standings_of
 from cupel.report.tasks import Task, tasks_of
 from cupel.report.text import figure, interval, number_of, percent, plain, points, short_key, span
 from cupel.report.triggers import triggers_of
@@ -78,6 +80,8 @@ def cell_view(record: Record, arrays: Arrays, number: int, pairs: int) -> View:
         "maps": maps_of(arrays, classes, first),
         "verdicts": [_verdict(name, record.verdicts[name]) for name in in_order(record.verdicts)],
         "scanners": scanners_of(record),
+        "standings": standings_of(record),
+        "paths": paths_of(record, arrays),
         "costs": costs_of(record),
         "curves": _curves(arrays),
         "steps": [_step(step) for step in record.steps],

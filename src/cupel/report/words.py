@@ -98,7 +98,10 @@ CURVES: Mapping[str, str] = {
     "implant/L1": "L1: the reference stays where it was",
     "implant/L2": "L2: clean images stay where they were",
 }
-_ENCODERS = {"clean": "Clean encoder", "backdoored": "Attacked encoder", "purified": "Purified encoder"}
+_ENCODERS = {
+    "clean": "Clean encoder", "backdoored": "Attacked encoder", "purified": "Purified encoder",
+    "scanned": "Scanned encoder",
+}  # fmt: skip
 
 
 def encoder_label(name: str) -> str:

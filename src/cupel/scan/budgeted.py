@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from cupel.settings import Budgets, canonical, digest
 
@@ -25,13 +25,9 @@ class Budgeted(Budgets):
     def name(self) -> str:
         """Method and budget, as references state it: `decree/smoke`; other settings get a digest."""
         for budget in self.budgets:
-            if self == self._alike(budget):
+            if self == self.alike(budget):
                 return f"{self.method}/{self._kind()}{budget}"
         return self._name_of_its_own()
-
-    def _alike(self, budget: str) -> Self:
-        """The preset that these settings are compared with."""
-        return self.preset(budget)
 
     def _kind(self) -> str:
         """What stands before the budget in the name."""

@@ -71,5 +71,5 @@ class Judging(Budgeted):
         z = {} if said.z is None else {"z": said.z}
         return Verdict(
             said.verdict, score, 1 - said.threshold, self._tested(), evidence, {**details, **z}, said.reason,
-            said.false_alarm, peak_memory_mib(device),
+            said.false_alarm, peak_memory_mib(device), tuple(1 - one for one in said.clean),
         )  # fmt: skip

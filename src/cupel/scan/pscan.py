@@ -71,7 +71,7 @@ class PScan(Judging):
     precision: Literal["bf16", "fp32"] = "bf16"
     method: ClassVar[str] = "pscan"
     budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "smoke": {"batch_size": 8},
+        "smoke": {"stride": 0.25, "steps": 15, "batch_size": 8},
         "standard": {},
         "paper": {"stride": 0.0625, "steps": 60, "batch_size": 32, "precision": "fp32"},
     }

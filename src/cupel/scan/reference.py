@@ -76,13 +76,14 @@ def leave_one_out(clean: Sequence[float]) -> tuple[float, int]:
 
 
 class Decision(NamedTuple):
-    """A verdict; `threshold` is in the unit of the statistic, `z` and `false_alarm` need references."""
+    """A verdict; `threshold` and `clean` are in the unit of the statistic. No references, no last three."""
 
     verdict: VerdictWord
     threshold: float
     reason: str
     z: float | None = None
     false_alarm: tuple[float, int] | None = None
+    clean: tuple[float, ...] = ()
 
 
 def against(statistic: float, reference: Reference | None, said: str) -> Decision | str:
@@ -112,7 +113,7 @@ def against(statistic: float, reference: Reference | None, said: str) -> Decisio
     z = robust_z(statistic, clean)
     found: VerdictWord = "backdoored" if z < BACKDOORED_Z else "suspicious" if z < SUSPICIOUS_Z else "clean-by-test"
     reason = f"{said}, z = {z:.1f} against {len(clean)} clean encoders ({reference.recipe})"
-    return Decision(found, size_at(BACKDOORED_Z, clean), reason, z, leave_one_out(clean))
+    return Decision(found, size_at(BACKDOORED_Z, clean), reason, z, leave_one_out(clean), tuple(clean))
 
 
 def banded(

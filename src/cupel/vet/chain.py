@@ -116,19 +116,24 @@ def reference_for(scanner: Any, card: Card) -> Reference | None:
 
 
 def evidence_arrays(verdict: Verdict, under: str = "inverted") -> dict[str, np.ndarray[Any, Any]]:
-    """Inverted triggers as arrays `<under>/<i>/mask` and `/pattern`; `scan_evidence` reads them."""
+    """Inverted triggers as arrays `<under>/<i>/mask`, `/pattern` and, if recorded, `/path`. See `scan_evidence`."""
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     for i, one in enumerate(verdict.evidence):
         arrays |= {f"{under}/{i}/mask": one.mask, f"{under}/{i}/pattern": one.pattern}
+        if one.path is not None:
+            arrays[f"{under}/{i}/path"] = one.path
     return arrays
 
 
 def scan_evidence(verdict: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> list[Evidence]:
-    """Inverted triggers from a stored verdict and its arrays `inverted/<i>/mask` and `/pattern`."""
+    """Inverted triggers from a stored verdict and its arrays `inverted/<i>/…`; see `evidence_arrays`."""
     return [
-        Evidence(arrays[f"inverted/{i}/mask"], arrays[f"inverted/{i}/pattern"], e["size"], e["converged"], e["source"])
+        Evidence(
+            arrays[f"inverted/{i}/mask"], arrays[f"inverted/{i}/pattern"], e["size"], e["converged"], e["source"],
+            arrays.get(f"inverted/{i}/path"),
+        )
         for i, e in enumerate(verdict["evidence"])
-    ]
+    ]  # fmt: skip
 
 
 def scan_encoder(

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -25,27 +25,9 @@ from cupel.scan import SCANNERS
 from cupel.settings import OneOf, method_name, parse, settings
 from cupel.triggers import TRIGGERS
 from cupel.zoo.looks import look_of
+from cupel.zoo.parts import HALVES, Family, Half, Purification, Sample
 
-__all__ = ["HALVES", "Half", "Member", "Zoo", "check_halves", "packaged_zoos", "read_zoo", "trigger_of"]
-
-Half = Literal["calibration", "test"]
-HALVES: tuple[Half, ...] = ("calibration", "test")
-
-
-@settings
-class _Family:
-    """Members that differ in a grid alone.
-
-    Args:
-        changes: Dotted paths and values, put into the base experiment.
-        hard: Its backdoors are out of reach of what the scanners look for; they are reported apart.
-        calibration, test: The grid of each half, as an experiment's `grid` is.
-    """
-
-    changes: dict[str, Any] = Field(default_factory=dict)
-    hard: bool = False
-    calibration: dict[str, Any] | None = None
-    test: dict[str, Any] | None = None
+__all__ = ["Member", "Zoo", "check_halves", "packaged_zoos", "read_zoo", "trigger_of"]
 
 
 @settings
@@ -56,6 +38,8 @@ class _File:
         name: As the file is called.
         base: An experiment without `name`, `seed`, `scan`, `purify` and `grid`.
         scan: Scanners that every encoder is given to.
+        sample: See `Sample`.
+        purify: See `Purification`.
         chain: Names of the scanners (`decree/smoke`) whose worst word counts; None = all of them.
         families: By name.
     """
@@ -63,6 +47,8 @@ class _File:
     name: str
     base: dict[str, Any]
     scan: tuple[Annotated[Scanner, OneOf(SCANNERS)], ...]
+    sample: Sample | None = None
+    purify: Purification | None = None
     chain: tuple[str, ...] | None = None
     families: Annotated[dict[str, Any], Field(min_length=1)]
 
@@ -110,17 +96,27 @@ class Zoo:
         members: Clean ones first, the halves in turns.
         scanners: Every encoder is given to each of them.
         chain: Names of those that the default chain consists of.
+        more: Scanners that the members named in `sampled` are given to, too.
+        sampled: Names of members.
+        purification: What purifiers are tried on, and how; None = none.
     """
 
     name: str
     members: tuple[Member, ...]
     scanners: tuple[Scanner, ...]
     chain: tuple[str, ...]
+    more: tuple[Scanner, ...] = ()
+    sampled: frozenset[str] = frozenset()
+    purification: Purification | None = None
 
     @property
     def scanner_names(self) -> tuple[str, ...]:
         """Method and budget of each."""
-        return tuple(_name_of(one) for one in self.scanners)
+        return tuple(_name_of(one) for one in (*self.scanners, *self.more))
+
+    def scanners_of(self, member: Member) -> tuple[Scanner, ...]:
+        """Those that a member is given to."""
+        return (*self.scanners, *(self.more if member.name in self.sampled else ()))
 
 
 def packaged_zoos() -> dict[str, Path]:
@@ -149,19 +145,36 @@ def read_zoo(source: str | Path) -> Zoo:
     file = parse(_File, plain, where)
     if not file.scan:
         raise SettingsError(f"{where}.scan", "is empty", "name at least one scanner")
-    names = [_name_of(scanner) for scanner in file.scan]
-    chain = tuple(names) if file.chain is None else file.chain
+    more = () if file.sample is None else file.sample.scan
+    names = [_name_of(scanner) for scanner in (*file.scan, *more)]
+    each = names[: len(file.scan)]
+    chain = tuple(each) if file.chain is None else file.chain
     for one in chain:
-        if one not in names:
-            raise SettingsError(f"{where}.chain", f"'{one}' is not among the scanners", did_you_mean(one, names))
+        if one not in each:
+            raise SettingsError(f"{where}.chain", f"'{one}' is not among the scanners", did_you_mean(one, each))
     if len(set(names)) < len(names):
         raise SettingsError(f"{where}.scan", "names one scanner twice", "keep one of them")
     families = [_members(name, family, file.base, where) for name, family in file.families.items()]
     members = [one for family in families for one in family]
     members.sort(key=lambda one: one.backdoored)  # stable: the order of the file otherwise
-    check_halves(members, file.scan, where)
+    purifiers = () if file.purify is None else tuple(file.purify.methods.values())
+    check_halves(members, (*file.scan, *more, *purifiers), where)
     _check_unique(members, where)
-    return Zoo(file.name, tuple(members), file.scan, chain)
+    sampled = frozenset() if file.sample is None else _spread(members, file.sample.size)
+    for one in () if file.purify is None else file.purify.evidence:
+        if one not in each:
+            raise SettingsError(f"{where}.purify.evidence", f"'{one}' is not a scanner", did_you_mean(one, each))
+    return Zoo(file.name, tuple(members), file.scan, chain, more, sampled, file.purify)
+
+
+def _spread(members: Sequence[Member], size: int) -> frozenset[str]:
+    """Names of up to `size` clean and `size` backdoored members of the test half, at equal distances in the file."""
+    test = [one for one in members if one.half == "test" and not one.hard]
+    names = []
+    for kind in (False, True):
+        some = [one.name for one in test if one.backdoored is kind]
+        names += some if len(some) <= size else [some[i * len(some) // size] for i in range(size)]
+    return frozenset(names)
 
 
 def _name_of(scanner: Any) -> str:
@@ -169,7 +182,7 @@ def _name_of(scanner: Any) -> str:
 
 
 def _members(name: str, plain: Any, base: Mapping[str, Any], where: str) -> list[Member]:
-    family = parse(_Family, plain, f"{where}.families.{name}")
+    family = parse(Family, plain, f"{where}.families.{name}")
     found: dict[Half, list[Member]] = {}
     for half in HALVES:
         grid = getattr(family, half)
@@ -213,12 +226,12 @@ def trigger_of(member: Member) -> Any:
     return aim["trigger"] or getattr(member.experiment.attack, "trigger", None)
 
 
-def check_halves(members: Sequence[Member], scanners: Sequence[Scanner], where: str) -> None:
+def check_halves(members: Sequence[Member], defences: Sequence[Any], where: str) -> None:
     """Refuse what crosses the halves: a seed (of pre-training and all else), a trigger's settings or its look.
 
     Args:
         members: Of both halves.
-        scanners: None of them may carry a stamp that looks like a trigger of the test half.
+        defences: None of them may carry a stamp that looks like a trigger of the test half.
         where: Name of the file, for errors.
 
     Raises:
@@ -235,15 +248,16 @@ def check_halves(members: Sequence[Member], scanners: Sequence[Scanner], where: 
         for key in (digest, repr(trigger)):
             _check_other_half(looks.setdefault(key, member), member, "stamp the same trigger", where)
     sizes = {member.experiment.upstream.encoder.input_size for member in members}
-    for scanner in scanners:
-        for stamp, size in itertools.product(_stamps(scanner), sizes):
+    for one in defences:
+        for stamp, size in itertools.product(_stamps(one), sizes):
             try:
                 owner = looks.get(look_of(stamp, size).digest)
             except UsageError:  # it does not fit, so it cannot be put on these images
                 continue
             if owner is not None and owner.half == "test":
-                what = f"{_name_of(scanner)} carries the trigger of {owner.name}, which is in the test half"
-                raise SettingsError(f"{where}.scan", what, "give that member another trigger")
+                name = getattr(one, "name", type(one).__name__)
+                what = f"{name} carries the trigger of {owner.name}, which is in the test half"
+                raise SettingsError(where, what, "give that member another trigger")
 
 
 def _check_other_half(first: Member, second: Member, what: str, where: str) -> None:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-import cupel
 from cupel.encoders import ENCODERS
-from cupel.errors import CupelError, Interrupted, UsageError
+from cupel.errors import UsageError
 from cupel.experiment.plan import Step, file_content, plan, recipe_of
 from cupel.experiment.run import Runner
 from cupel.experiment.store import Artefact, Store
-from cupel.feature_store import storing_features
 from cupel.files import read_json, write_json
 from cupel.implanting import shortened
 from cupel.pretrain import OBJECTIVES
@@ -26,12 +20,13 @@ from cupel.protocols import Scanner
 from cupel.records import Metric, Record
 from cupel.settings import canonical, digest, method_name
 from cupel.verdicts import ORDER
+from cupel.zoo.attempt import attempted, described
 from cupel.zoo.entries import MANIFEST
 from cupel.zoo.file import Member, Zoo, trigger_of
 from cupel.zoo.looks import Look, look_of, overlap
 from cupel.zoo.meta import base_of, learns, scan_with_reference, with_base
 
-__all__ = ["Built", "Only", "build", "steps_of"]
+__all__ = ["Built", "Only", "build", "claim", "steps_of"]
 
 Only = Literal["clean", "attacked", "scan"]
 _METRICS = {
@@ -77,10 +72,11 @@ def steps_of(member: Member, zoo: Zoo) -> _Steps:
     It is the plan of its experiment without pictures; scans are made without references, for those come from the zoo.
     Scanners that learn from shadow models get theirs from a clean encoder of the calibration half.
     """
-    found = _planned(member, zoo.scanners)
-    if not any(learns(one) for one in zoo.scanners):
+    scanners = zoo.scanners_of(member)
+    found = _planned(member, scanners)
+    if not any(learns(one) for one in scanners):
         return found
-    base = _planned(base_of(member, zoo.members), zoo.scanners)
+    base = _planned(base_of(member, zoo.members), scanners)
     pairs = zip(found.scan, base.scan, strict=True)
     scan = tuple(with_base(one, own) if learns(one.method["scanner"]) else one for one, own in pairs)
     return dataclasses.replace(found, scan=scan)
@@ -88,7 +84,7 @@ def steps_of(member: Member, zoo: Zoo) -> _Steps:
 
 def _planned(member: Member, scanners: Sequence[Scanner]) -> _Steps:
     which = "backdoored" if member.attacked else "clean"
-    steps = plan(dataclasses.replace(member.experiment, scan=tuple(scanners)))
+    steps = plan(dataclasses.replace(member.experiment, scan=tuple(scanners)), calibrated=False)
     stages = ("check", "pretrain", "references", "implant", "score")
     make = tuple(one for one in steps if one.stage in stages and one.name != "pretrain public")  # see `base_of`
     scan = tuple(_without_reference(one) for one in steps if one.stage == "scan" and one.name.endswith(f": {which}"))
@@ -96,11 +92,10 @@ def _planned(member: Member, scanners: Sequence[Scanner]) -> _Steps:
 
 
 def _without_reference(step: Step) -> Step:
-    """The same scan, uncalibrated: its key must not change with the calibrations that ship."""
-    method = {"scanner": step.method["scanner"], "reference": None}
-    inputs = step.inputs[:2]  # encoder and images; what a scanner learns beforehand, the zoo makes once for all members
-    plain = ["scan", canonical(method, file_content), [one.key for one in inputs], step.seed.value]
-    return dataclasses.replace(step, method=method, inputs=inputs, key=digest(plain))
+    """The same scan without what its scanner learns beforehand: the zoo makes that once for all members."""
+    inputs = step.inputs[:2]  # encoder and images
+    plain = ["scan", canonical(step.method, file_content), [one.key for one in inputs], step.seed.value]
+    return dataclasses.replace(step, inputs=inputs, key=digest(plain))
 
 
 def build(zoo: Zoo, out: Path, only: Only | None = None, limit: int | None = None, device: str = "cpu") -> Built:
@@ -123,7 +118,7 @@ def build(zoo: Zoo, out: Path, only: Only | None = None, limit: int | None = Non
         UsageError: the folder holds another zoo.
         Interrupted: what was done is in the store.
     """
-    _claim(zoo, out)
+    claim(zoo, out)
     store = Store(out / "store")
     wanted = [one for one in zoo.members if only in (None, "scan") or one.attacked == (only == "attacked")]
     done = stored = left = 0
@@ -154,7 +149,7 @@ def build(zoo: Zoo, out: Path, only: Only | None = None, limit: int | None = Non
     return Built(done, stored, tuple(failed), left)
 
 
-def _claim(zoo: Zoo, out: Path) -> None:
+def claim(zoo: Zoo, out: Path) -> None:
     """Write which members the folder is for: records of members that the file no longer has are not read."""
     path = out / MANIFEST
     if path.is_file() and (known := read_json(path).get("zoo")) != zoo.name:
@@ -164,42 +159,21 @@ def _claim(zoo: Zoo, out: Path) -> None:
 
 
 def _run(zoo: Zoo, member: Member, steps: _Steps, missing: Sequence[Step], store: Store, device: str) -> Record:
-    start = time.monotonic()
-    experiment = member.experiment
-    base = Record(
-        command="zoo", name=member.name, cupel=cupel.__version__, seed=experiment.seed, device=device,
-        threads=torch.get_num_threads(), settings=shortened(canonical(experiment, file_content)),
-    )  # fmt: skip
     runner = Runner(store, device)
-    troubles = []
-    try:
-        for step in missing:
-            say(f"  {step.name}")
-            try:
-                with storing_features(store.root / "features"):
-                    if step.stage == "scan" and "base" in step.method:
-                        scan_with_reference(step, runner)
-                    else:
-                        runner.value(step)
-            except CupelError as error:  # a scanner that cannot: the encoder and the other scans stand
-                if step.stage != "scan" or isinstance(error, Interrupted):
-                    raise
-                say(f"  {step.name}: {error}")
-                troubles.append(f"{step.method['scanner'].name}: {error}")
-        made = _collected(zoo, member, steps, runner, base, time.monotonic() - start)
-        return dataclasses.replace(made, notes=troubles)
-    except Interrupted:
-        raise
-    except CupelError as error:
-        failed = dataclasses.replace(base, status="failed", reason=str(error), steps=runner.log)
-        return dataclasses.replace(failed, extra={"exit_code": error.exit_code})
-    except (RuntimeError, MemoryError) as error:  # e.g. out of memory: the other members go on
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        extra = {"exit_code": 2, "traceback": traceback.format_exc()}
-        return dataclasses.replace(base, status="failed", reason=reason, steps=runner.log, extra=extra)
+
+    def made(step: Step) -> None:
+        if step.stage == "scan" and "base" in step.method:
+            scan_with_reference(step, runner)
+        else:
+            runner.value(step)
+
+    def collected(base: Record) -> Record:
+        return _collected(zoo, member, steps, runner, base)
+
+    return attempted(member, runner, missing, made, collected, frozenset({"scan"}))
 
 
-def _collected(zoo: Zoo, member: Member, steps: _Steps, runner: Runner, base: Record, total: float) -> Record:
+def _collected(zoo: Zoo, member: Member, steps: _Steps, runner: Runner, base: Record) -> Record:
     experiment = member.experiment
     metrics: dict[str, Metric] = {}
     target = experiment.downstream[0].target_class
@@ -224,12 +198,7 @@ def _collected(zoo: Zoo, member: Member, steps: _Steps, runner: Runner, base: Re
         plain = shortened(canonical(trigger, file_content))
         shown = {"settings": plain, "look": look.digest, "area": look.area, "fixed": look.fixed}
     note = {
-        "zoo": zoo.name,
-        "family": member.family,
-        "half": member.half,
-        "hard": member.hard,
-        "backdoored": member.backdoored,
-        "attack": member.attack_name,
+        **described(zoo, member),
         "target_class": target if member.backdoored else None,
         "trigger": shown,
         "recipe": recipe_of(experiment),
@@ -244,8 +213,6 @@ def _collected(zoo: Zoo, member: Member, steps: _Steps, runner: Runner, base: Re
     worst = max(words, key=lambda one: ORDER.index(one["verdict"])) if words else None
     return dataclasses.replace(
         base,
-        seconds={"total": round(total, 3)},
-        steps=runner.log,
         metrics=metrics,
         verdicts={which: worst} if worst else {},
         extra={"zoo": note},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from cupel.zoo.markdown import table
 from cupel.zoo.statistics import upper_bound
 from cupel.zoo.table import CHAIN, Row, Tables
 
@@ -25,7 +26,8 @@ _LEVELS = {
 
 def render_zoo(tables: Tables) -> str:
     """The tables with a heading and a line of explanation each, and a line break at the end."""
-    parts = [_counts(tables), _headline(tables), _families(tables), _chain(tables), _costs(tables), _halves(tables)]
+    parts = [_counts(tables), _headline(tables), _families(tables), _chain(tables), _costs(tables), _prices(tables),
+             _halves(tables)]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -36,7 +38,7 @@ def _counts(tables: Tables) -> str:
         for half, n in tables.counts.items()
     ]  # fmt: skip
     header = ["half", "clean", "of them fine-tuned", "backdoored", "reachable", "weak", "hard"]
-    lines = ["# Zoo", "", *_table(header, rows)]
+    lines = ["# Zoo", "", *table(header, rows)]
     if tables.missing:
         lines += ["", f"{tables.missing} members have not been made yet: the tables are preliminary."]
     if tables.failed:
@@ -73,7 +75,7 @@ def _rows(title: str, rows: Sequence[Row], group: str) -> str:
         "scanner", group, "backdoored", "clean", "AUROC", "TPR at FPR 5 %", "found", "false alarms",
         "found without references", "false alarms without references",
     ]  # fmt: skip
-    return "\n".join([f"## {title}", "", *_table(header, [_cells(one) for one in rows])])
+    return "\n".join([f"## {title}", "", *table(header, [_cells(one) for one in rows])])
 
 
 def _cells(row: Row) -> list[str]:
@@ -97,7 +99,7 @@ def _chain(tables: Tables) -> str:
         return ""
     rows = [[name, "–" if area is None else f"{area:.3f}"] for name, area in tables.without.items()]
     note = "A scanner without which the chain is no worse here has no place in it."
-    return "\n".join(["## The chain on the calibration half", "", *_table(["scanners", "AUROC"], rows), "", note])
+    return "\n".join(["## The chain on the calibration half", "", *table(["scanners", "AUROC"], rows), "", note])
 
 
 def _costs(tables: Tables) -> str:
@@ -124,8 +126,21 @@ def _costs(tables: Tables) -> str:
         f"- {name}: " + ", ".join(f"{n} {_LEVELS[level]}" for level, n in found.items())
         for name, found in tables.levels.items()
     ]
-    text = ["## What is found at what cost", "", *_table(header, rows), "", note]
+    text = ["## What is found at what cost", "", *table(header, rows), "", note]
     return "\n".join([*text, "", "What the scores of the encoders were compared with:", "", *levels])
+
+
+def _prices(tables: Tables) -> str:
+    rows = [
+        [one.scanner, one.dear, f"{one.positives} + {one.negatives}", f"{one.auroc:.3f}", f"{one.dear_auroc:.3f}",
+         f"{one.seconds:.1f}", f"{one.dear_seconds:.1f}"]
+        for one in tables.prices
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    header = ["scanner", "against", "backdoored + clean", "AUROC", "of the larger budget", "seconds", "of the larger"]
+    note = "On the encoders that both were given, of either half; scores as they are, without references."
+    return "\n".join(["## What a smaller budget costs", "", *table(header, rows), "", note])
 
 
 def _share(value: float | None) -> str:
@@ -134,12 +149,3 @@ def _share(value: float | None) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    listed = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(row[i]) for row in listed) for i in range(len(header))]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in listed]
-    lines = ["| " + " | ".join(row) + " |" for row in padded]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return [lines[0], rule, *lines[1:]]

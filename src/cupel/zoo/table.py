@@ -9,6 +9,7 @@ from typing import Any
 
 from cupel.zoo.calibration import THRESHOLD, Calibration
 from cupel.zoo.entries import Entry, Folders
+from cupel.zoo.prices import Price, prices
 from cupel.zoo.statistics import (
     Confusion,
     auroc,
@@ -85,6 +86,7 @@ class Tables:
         smallest: By scanner: area, found and tried; None = not even the largest patch.
         overlaps: By scanner: number of inverted triggers, median IoU, median distance.
         without: AUROC on the calibration half of the chain, and of the chain without each of its scanners.
+        prices: What smaller budgets lose against the next larger one.
         levels: By scanner: how many entries were compared on which level.
         counts: Encoders by half and kind.
         failed: Name and reason.
@@ -96,6 +98,7 @@ class Tables:
     smallest: dict[str, tuple[float, int, int] | None]
     overlaps: dict[str, dict[str, float | int]]
     without: dict[str, float | None]
+    prices: tuple[Price, ...]
     levels: dict[str, dict[str, int]]
     counts: dict[str, dict[str, int]]
     failed: tuple[tuple[str, str], ...]
@@ -129,6 +132,7 @@ def tables(found: Folders, calibrations: dict[str, Calibration]) -> Tables:
         smallest={name: _smallest(judge, test) for name, judge in everyone.items()},
         overlaps={name: made for name in judges if (made := _overlaps(name, test))},
         without=_without(judges, chain, [one for one in found.entries if one.half == "calibration"]),
+        prices=prices(list(judges), found.entries),
         levels={name: _levels(one, found.entries) for name, one in calibrations.items()},
         counts={half: _counts([one for one in found.entries if one.half == half]) for half in ("calibration", "test")},
         failed=tuple((one.name, one.reason) for one in found.failed),

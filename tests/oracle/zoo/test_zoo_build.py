@@ -140,7 +140,9 @@ def test_shadow_models_are_made_once_from_the_calibration_half(tmp_path, source,
 
     monkeypatch.setattr(Shadowed, "scan", refuse)
     once_more = build(dataclasses.replace(zoo, scanners=(Shadowed(steps=4),)), out)
-    assert [one.notes[0].partition(": ")[2] for one in once_more.failed] == ["decree: says no"] * 4
+    assert [one.notes[0].partition("scan ")[2].partition(": ")[2].partition(": ")[2] for one in once_more.failed] == [
+        "decree: says no"
+    ] * 4
     assert [one.status for one in once_more.failed] == ["done"] * 4  # the encoders stand
 
 

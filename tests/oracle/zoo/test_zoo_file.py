@@ -14,9 +14,10 @@ from cupel.scan import Decree
 from cupel.settings import settings
 from cupel.triggers import TRIGGERS, Blend, Checker, Patch, RandomPatch
 from cupel.verdicts import Reference
-from cupel.zoo.file import HALVES, check_halves, packaged_zoos, read_zoo, trigger_of
+from cupel.zoo.file import check_halves, packaged_zoos, read_zoo, trigger_of
 from cupel.zoo.looks import look_of, overlap
 from cupel.zoo.making import steps_of
+from cupel.zoo.parts import HALVES
 
 ATTACK = {"method": "badencoder", "steps": 4, "batch_size": 32, "l1_draws": 2}
 ZOO = {
@@ -92,6 +93,20 @@ def test_clean_pre_training_is_shared_and_scans_do_not_depend_on_what_ships(tmp_
     assert all(s.method["reference"] is None for steps in after for s in steps.scan)
 
 
+def test_a_dear_scanner_is_given_a_sample_of_the_test_half(tmp_path):
+    families = {**ZOO["families"], "clean": {"calibration": {"seed": [1]}, "test": {"seed": [11, 12, 13, 14]}}}
+    sample = {"scan": [{"method": "decree", "steps": 9}], "size": 2}
+    zoo = read_zoo(written(tmp_path, families=families, sample=sample))
+    assert zoo.scanner_names == (zoo.scanners[0].name, Decree(steps=9).name)
+    assert zoo.chain == zoo.scanner_names[:1]
+    given = {one.name: len(steps_of(one, zoo).scan) for one in zoo.members}
+    chosen = [one for one in zoo.members if given[one.name] == 2]
+    assert {one.half for one in chosen} == {"test"}
+    assert [one.backdoored for one in chosen] == [False, False, True]  # only one is backdoored
+    assert chosen[0].experiment.seed == 11
+    assert sum(given.values()) == len(zoo.members) + 3
+
+
 WHITE = {"method": "patch", "size": 4, "color": [255, 255, 255], "corner": "top_left"}
 
 
@@ -109,6 +124,8 @@ WHITE = {"method": "patch", "size": 4, "color": [255, 255, 255], "corner": "top_
         ({"families__clean__calibration": {"seed": [1, 1]}}, "is there twice"),
         ({"chain": ["decree/smoke"]}, "is not among the scanners"),
         ({"scan": []}, "is empty"),
+        ({"sample": {"scan": ["decree", "decree"]}}, "names one scanner twice"),
+        ({"sample": {"scan": []}}, "sample: tuple should have at least 1 item"),
         ({"scan": ["decree", "decree"]}, "names one scanner twice"),
         ({"families__patch__hrd": True}, "unknown key 'hrd'; did you mean 'hard'"),
         ({"base__purify": ["cbd"]}, "scanners or purifiers"),

@@ -152,6 +152,18 @@ def test_chain_takes_the_worst_of_its_scanners_and_says_who_helps():
     assert result.without["without a"] == result.without["without b"] < 1
 
 
+def test_a_budget_is_compared_with_the_next_larger_one_on_what_both_scanned():
+    bad = [entry(sizes={"d/standard": a, "d/paper": 0.01}, backdoored=True) for a in (0.02, 0.3)]
+    good = [entry(half, {"d/standard": 0.2, "d/paper": 0.2}) for half in ("calibration", "test")]
+    others = [entry(sizes={"d/standard": 0.9}, backdoored=True), entry(sizes={"d/standard": 0.001})]
+    hard = entry(sizes={"d/standard": 0.9, "d/paper": 0.9}, backdoored=True, hard=True)
+    result = made([*bad, *good, *others, hard], ("d/smoke", "d/standard", "e/paper", "d/paper"))
+    (one,) = result.prices
+    assert (one.scanner, one.dear, one.positives, one.negatives) == ("d/standard", "d/paper", 2, 2)
+    assert (one.auroc, one.dear_auroc) == (0.5, 1.0)
+    assert "| d/standard | d/paper | 2 + 2 " in render_zoo(result)
+
+
 def test_smallest_patch_is_read_off_the_test_half():
     bad = [
         entry(sizes={"s": size}, backdoored=True, area=area) for area, size in ((0.02, 0.3), (0.05, 0.01), (1.0, 0.3))
