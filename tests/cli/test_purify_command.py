@@ -108,6 +108,11 @@ def test_a_purified_encoder_is_written(
     record = json.loads((tmp_path / "result.json").read_text())
     assert record["command"] == "purify"
     assert set(record["verdicts"]) == {"scanned", "purified"}
+    cost = record["extra"]["defences"][f"purify {name}"]
+    assert cost["images"] == 64
+    assert (cost["forward_images"] > 0) == (name != "clp")  # it looks at no image
+    assert cost["peak_memory_mib"] is None or cost["peak_memory_mib"] > 50
+    assert f"cost      {cost['forward_images']:,} images forward" in said
 
 
 def test_a_purification_that_fails_leaves_no_file(

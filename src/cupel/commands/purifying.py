@@ -111,7 +111,10 @@ def purify(
     made = purify_encoder(model, data, purifier, scanners, Seed(seed), before=before, labelled=labelled)
     save_encoder(made.encoder, out)
     verdicts = {"scanned": made.before.to_json(), "purified": made.after.to_json()}
-    extra = {"rounds": made.rounds, "drift": made.drift, "residue": made.residue, "file": model.card.source}
+    extra = {
+        "rounds": made.rounds, "drift": made.drift, "residue": made.residue, "file": model.card.source,
+        "defences": {f"purify {name}": {"images": len(data if labelled is None else labelled), **made.cost}},
+    }  # fmt: skip
     record = record_of("purify", Path(encoder).name, seed, start, verdicts=verdicts, extra=extra)
     write_json(out.parent / "result.json", record.to_json())
     if form == "json":
@@ -122,6 +125,9 @@ def purify(
         line("drift", f"{made.drift:.4f} mean 1 − cosine of clean embeddings; {made.rounds} round(s)")
         if made.residue:
             line("residue", "concentration under the first scan's trigger {:.3f} → {:.3f}".format(*made.residue))
+        took = "{forward_images:,} images forward, {backward_images:,} backward, without the scans".format(**made.cost)
+        memory = made.cost["peak_memory_mib"]
+        line("cost", took + ("" if memory is None else f"; {memory:.0f} MiB of memory at most"))
         line("", "A clean re-scan alone does not prove that the backdoor is gone.")
         line("written", f"{out}  {out.parent / 'result.json'}")
     return CODES[made.after.verdict]

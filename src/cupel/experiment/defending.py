@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cupel.certify import measure
+from cupel.cost import counting
 from cupel.experiment.attacking import goals_of
-from cupel.experiment.cost import counting
 from cupel.experiment.plan import Step
 from cupel.experiment.store import Artefact
 from cupel.experiment.values import Context, Value, curves

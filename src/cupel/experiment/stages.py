@@ -29,6 +29,7 @@ from cupel.seeds import Seed
 from cupel.selection import majority
 from cupel.settings import method_name
 from cupel.types import Dataset, Poisoned
+from cupel.verdicts import ORDER
 
 __all__ = ["STAGES"]
 
@@ -126,15 +127,33 @@ def _describe(step: Step, inputs: Sequence[Value], context: Context) -> Artefact
     m = step.method
     train, test, rest = inputs[0], inputs[1], list(inputs[2:])
     encoders: dict[str, ImageEncoder] = {w: rest.pop(0).encoder for w in m["encoders"]}
-    scans = [(which, rest.pop(0)) for which in m["verdicts"]]
+    names = [one.name.partition(": ")[0].removeprefix("scan ") for one in step.inputs[2 + len(encoders) :]]
+    scans = [(which, name, rest.pop(0)) for which, name in zip(m["verdicts"], names, strict=False)]
     # a goal without a task holds in every one
     goal = next((g for g in goals_of(rest[0]) if g.task in (m["task"], None)), None) if rest else None
     references = rest[0].arrays.get("references") if rest and isinstance(rest[0], Artefact) else None
     arrays = describe(encoders, train, test, goal, references, m["probe"], step.seed)
-    for which, artefact in scans:
-        for name, value in artefact.arrays.items():
-            arrays.setdefault(name.replace("inverted/", f"inverted/{which}/"), value)
-    return Artefact({}, arrays)
+    return Artefact({}, arrays | _triggers(scans))
+
+
+def _triggers(scans: Sequence[tuple[str, str, Artefact]]) -> dict[str, np.ndarray[Any, Any]]:
+    """Per encoder the inverted triggers of the scan that counts, the first of the worst; of the others only the paths.
+
+    Args:
+        scans: Encoder, scanner and what the scan made.
+    """
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for which in dict.fromkeys(which for which, _, _ in scans):
+        own = [(name, made) for one, name, made in scans if one == which]
+        counts = max(own, key=lambda pair: ORDER.index(pair[1].values["verdict"]["verdict"]))[1]
+        for name, made in own:
+            under = f"inverted/{which}/" if made is counts else f"scans/{which}/{name}/"
+            arrays |= {
+                key.replace("inverted/", under): value
+                for key, value in made.arrays.items()
+                if made is counts or key.endswith("/path")
+            }
+    return arrays
 
 
 STAGES: Mapping[str, Callable[[Step, Sequence[Value], Context], Value]] = {

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cupel.checkpoint import TensorFile, match_keys, read_tensors
+from cupel.cost import peak_memory_mib
 from cupel.encoders import ImageEncoder
 from cupel.errors import DataError, UsageError
 from cupel.inference import device_of
 from cupel.protocols import Encoder
 from cupel.scan.judging import Judging
-from cupel.scan.passes import peak_memory_mib
 from cupel.seeds import Seed
 from cupel.settings import DataFile, settings
 from cupel.types import Dataset, Need

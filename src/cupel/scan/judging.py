@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 
+from cupel.cost import peak_memory_mib
 from cupel.inference import device_of
 from cupel.protocols import Encoder
 from cupel.scan.admission import admit
 from cupel.scan.budgeted import Budgeted
-from cupel.scan.passes import peak_memory_mib
 from cupel.scan.reference import Decision
 from cupel.types import Dataset
 from cupel.verdicts import Evidence, Verdict

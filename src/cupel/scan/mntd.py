@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from cupel.cost import peak_memory_mib
 from cupel.errors import DataError
 from cupel.inference import device_of
 from cupel.inversion import frozen
@@ -23,7 +24,6 @@ from cupel.scan.judging import Judging
 from cupel.scan.mntd_meta import MetaTraining, standardised, train_meta
 from cupel.scan.mntd_reference import Answer, MetaReference, threshold_at
 from cupel.scan.mntd_shadows import ShadowNets, train_shadows
-from cupel.scan.passes import peak_memory_mib
 from cupel.seeds import Seed
 from cupel.settings import OneOf, Positive, PositiveInt, settings
 from cupel.types import Dataset, Need

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cupel.attack import BadEncoder
+from cupel.cost import peak_memory_mib
 from cupel.encoders import ImageEncoder
 from cupel.errors import DataError
 from cupel.files import atomic_file
@@ -30,7 +31,6 @@ from cupel.scan.mntd import TESTED, checked, judged
 from cupel.scan.mntd_jumbo import TrojanStamp
 from cupel.scan.mntd_meta import MetaTraining, cosines_of, train_meta
 from cupel.scan.mntd_reference import Answer, MetaReference
-from cupel.scan.passes import peak_memory_mib
 from cupel.seeds import Seed
 from cupel.settings import Positive, PositiveInt, settings
 from cupel.types import Dataset, Goal, Knowledge, Need

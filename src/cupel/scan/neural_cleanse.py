@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from cupel.cost import peak_memory_mib
 from cupel.errors import DataError
 from cupel.folding import bf16_pays, inference_copy
 from cupel.inference import COMPARED, device_of, in_bf16
@@ -20,7 +21,6 @@ from cupel.probe import PROBES, Linear
 from cupel.protocols import Classifier, Encoder, Probe
 from cupel.scan.admission import named, some_rows
 from cupel.scan.judging import Judging
-from cupel.scan.passes import peak_memory_mib
 from cupel.seeds import Seed
 from cupel.settings import OneOf, Positive, PositiveInt, settings
 from cupel.types import Dataset, Need

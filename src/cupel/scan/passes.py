@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,7 +15,7 @@ from cupel.inference import COMPARED, in_bf16
 from cupel.protocols import Encoder
 from cupel.scan.admission import LOOKED_AT, named
 
-__all__ = ["Passes", "peak_memory_mib"]
+__all__ = ["Passes"]
 
 _LARGE = 2.0**30  # squares of longer embeddings leave float32; those of the inverse fall below 1e-12
 _TOGETHER = 256  # images of a pass without gradients
@@ -103,18 +100,3 @@ class Passes:
 def channels_last(x: Tensor) -> Tensor:
     """The same images in the memory layout that convolutions are fastest in."""
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def peak_memory_mib(device: torch.device) -> float | None:
-    """The most memory that this process has held so far, in MiB: on a GPU what torch allocated there, else its
-    resident size; None where the system does not tell."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device)) / 2**20
-    status = Path("/proc/self/status")
-    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii"))):
-        return int(found[1]) / 2**10
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cupel import metrics
+from cupel.cost import Cost, counting
 from cupel.encoders import Card, ImageEncoder
 from cupel.inference import features
 from cupel.progress import say
@@ -173,6 +174,8 @@ class Vetted:
         residue: Concentration of images under the boosted old evidence: given encoder, purified encoder. A clean
             re-scan alone proves little: what the first scan found must have lost its effect too.
         history: Numbers of the last round's training.
+        cost: Images through an encoder, forward and backward, of purification without the scans, and the most memory
+            that the process held.
     """
 
     encoder: ImageEncoder
@@ -182,6 +185,7 @@ class Vetted:
     drift: float
     residue: tuple[float, float] | None
     history: Mapping[str, Sequence[float]]
+    cost: Mapping[str, float | None]
 
 
 def _stamped(images: Tensor, evidence: Evidence, boost: float = 2.0) -> Tensor:
@@ -227,13 +231,16 @@ def purify_encoder(
         before, _ = scan_encoder(encoder, images, scanners, seed.child("scan", 0))
     evidence, current, after = list(before.evidence), encoder, before
     history: Mapping[str, Sequence[float]] = {}
+    costs: list[Cost] = []
     done = 0
     given = images.without_labels(type(purifier).__name__)
     if "labels" in purifier.needs:
         given = images if labelled is None else labelled
     for done in range(1, max_rounds + 1):
         say(f"  purify, round {done}")
-        made, history = _purified(purifier, current, given, seed.child("purify", done), evidence)
+        with counting() as cost:
+            made, history = _purified(purifier, current, given, seed.child("purify", done), evidence)
+        costs.append(cost)
         assert isinstance(made, ImageEncoder)  # it returns the kind it was given
         current = made
         after, _ = scan_encoder(current, images, scanners, seed.child("scan", done))
@@ -250,4 +257,4 @@ def purify_encoder(
         residue = there, left
     source = {**current.card.source, "purified_with": type(purifier).__name__}
     result = dataclasses.replace(current, card=dataclasses.replace(current.card, source=source))
-    return Vetted(result, before, after, done, drift, residue, history)
+    return Vetted(result, before, after, done, drift, residue, history, Cost.of(costs).to_json())

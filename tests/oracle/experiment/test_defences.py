@@ -6,13 +6,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from cupel.cost import counting
 from cupel.errors import SettingsError
-from cupel.experiment import Store, cells, plan, run_cells
-from cupel.experiment.cost import counting
+from cupel.experiment import Store, cells, plan, run_cells, stages
 from cupel.experiment.defending import own_head
 from cupel.experiment.store import Artefact
 from cupel.records import Record
@@ -173,3 +174,19 @@ def test_own_head_comes_back_as_it_was() -> None:
     assert made is not None
     assert torch.equal(made(x), head(x))
     assert own_head(Artefact({}, {})) is None
+
+
+def test_pictures_are_those_of_the_scan_that_counts():
+    def made(word, value):
+        arrays = {f"inverted/0/{part}": np.array(value) for part in ("mask", "pattern", "path")}
+        return Artefact({"verdict": {"verdict": word}}, arrays)
+
+    scans = [
+        ("clean", "decree", made("clean-by-test", 1)), ("clean", "pscan", made("clean-by-test", 2)),
+        ("backdoored", "decree", made("suspicious", 3)), ("backdoored", "pscan", made("backdoored", 4)),
+    ]  # fmt: skip
+    found = stages._triggers(scans)
+    assert {name: int(value) for name, value in found.items() if not name.endswith("pattern")} == {
+        "inverted/clean/0/mask": 1, "inverted/clean/0/path": 1, "scans/clean/pscan/0/path": 2,
+        "inverted/backdoored/0/mask": 4, "inverted/backdoored/0/path": 4, "scans/backdoored/decree/0/path": 3,
+    }  # fmt: skip

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cupel.cost import peak_memory_mib
 from cupel.errors import CupelError, DataError
 from cupel.inversion import concentration
 from cupel.scan.admission import admit, inner_spread
 from cupel.scan.decree import Decree
 from cupel.scan.indicators import Indicators
-from cupel.scan.passes import Passes, peak_memory_mib
+from cupel.scan.passes import Passes
 from cupel.scan.pscan import PScan
 from cupel.scan.ssl_cleanse import SSLCleanse
 from cupel.seeds import Seed

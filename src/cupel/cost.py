@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from cupel.scan.passes import peak_memory_mib
+__all__ = ["Cost", "counting", "peak_memory_mib"]
 
-__all__ = ["Cost", "counting"]
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """The most memory that this process has held so far, in MiB: on a GPU what torch allocated there, else its
+    resident size; None where the system does not tell."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**20
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii"))):
+        return int(found[1]) / 2**10
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 class Cost:
     """Images that entered a network's first layer, in all and with gradients; see `counting`."""
 
-    def __init__(self) -> None:
-        self.forward = self.backward = 0
+    def __init__(self, forward: int = 0, backward: int = 0) -> None:
+        self.forward, self.backward = forward, backward
+
+    @staticmethod
+    def of(parts: Sequence[Cost]) -> Cost:
+        """Several as one."""
+        return Cost(sum(one.forward for one in parts), sum(one.backward for one in parts))
 
     def to_json(self) -> dict[str, float | None]:
         """The counts, and the most memory the process held until now (MiB; None = the system does not tell)."""
