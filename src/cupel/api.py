@@ -27,11 +27,11 @@ from cupel.probe import PROBES
 from cupel.purify import CBD, PURIFIERS
 from cupel.records import Record
 from cupel.report import write_report
-from cupel.scan import SCANNERS, Decree
+from cupel.scan import FILTERS, SCANNERS, Decree, PScan
 from cupel.seeds import Seed
 from cupel.triggers import TRIGGERS, Blend, Patch
 from cupel.types import Dataset, Goal, Knowledge
-from cupel.vet import purify_encoder, scan_encoder
+from cupel.vet import default_chain, purify_encoder, scan_encoder
 
 __all__ = [
     "ATTACKS",
@@ -39,6 +39,7 @@ __all__ = [
     "CTRL",
     "DRUPE",
     "ENCODERS",
+    "FILTERS",
     "INACTIVE",
     "NLB",
     "OBJECTIVES",
@@ -61,6 +62,7 @@ __all__ = [
     "Knowledge",
     "LatentBackdoor",
     "NeuBA",
+    "PScan",
     "Patch",
     "Record",
     "ResNet18",
@@ -72,6 +74,7 @@ __all__ = [
     "TransferBackdoor",
     "TrojanNNModel",
     "cells",
+    "default_chain",
     "inspect_file",
     "load",
     "load_encoder",

@@ -65,8 +65,9 @@ def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     """As it stands, but with few steps: names, signatures and order are right."""
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.S)
     short = code.replace('cupel.SimCLR.preset("fast")', "cupel.SimCLR(steps=2)")
+    short = short.replace('cupel.default_chain("smoke")', "[cupel.Decree(steps=2), cupel.PScan(steps=2)]")
     short = re.sub(r"steps=\d+", "steps=2", short)
-    assert short.count("steps=2") == 4
+    assert short.count("steps=2") == 5
     monkeypatch.chdir(tmp_path)
     exec(compile(short, "README.md", "exec"), {})  # noqa: S102  # our own example
     printed = capsys.readouterr().out.splitlines()
