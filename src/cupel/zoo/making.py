@@ -230,7 +230,7 @@ def _scanned(artefact: Artefact | None, look: Look | None) -> dict[str, Any]:
             smallest = min(converged, key=lambda i: verdict["evidence"][i]["size"])
             best = overlap(artefact.arrays[f"inverted/{smallest}/mask"], look.mask)
     return {
-        "verdict": verdict,
+        "verdict": {**verdict, "peak_memory_mib": artefact.values.get("peak_memory_mib")},
         "seconds": round(artefact.seconds, 3),
         "overlap": None if best is None else dataclasses.asdict(best),
     }

@@ -86,9 +86,7 @@ def _cells(row: Row) -> list[str]:
     if row.negatives:
         alarms += f" (≤ {upper_bound(said.false_alarms, row.negatives):.1%})"
     bound = "–" if row.found_bound is None else f"{said.found} of {row.positives} (≥ {row.found_bound:.1%})"
-    absolute = ["–", "–"]
-    if row.absolute is not None:
-        absolute = [f"{row.absolute[0]} of {row.positives}", f"{row.absolute[1]} of {row.negatives}"]
+    absolute = [f"{row.absolute[0]} of {row.positives}", f"{row.absolute[1]} of {row.negatives}"]
     scanner = row.scanner + (f", {row.inconclusive} inconclusive" if row.inconclusive else "")
     counts = [str(row.positives), str(row.negatives)]
     return [scanner, name, *counts, area, _share(row.tpr_at_fpr), bound, alarms, *absolute]

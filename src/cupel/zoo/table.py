@@ -42,8 +42,8 @@ class Row:
         auroc, low, high: With its 95 % interval; None = one kind is missing.
         tpr_at_fpr: Best TPR at FPR ≤ 5 %, wherever that threshold lies.
         confusion: At z = 3 against the calibration half.
-        absolute: Found and false alarms of the same scans read without references (verdict `backdoored`); None for
-            the chain.
+        absolute: Found and false alarms of the same scans read without references (verdict `backdoored`; of the chain,
+            by any of its scanners).
         inconclusive: Scans that said nothing; they count as not found.
     """
 
@@ -57,7 +57,7 @@ class Row:
     high: float | None
     tpr_at_fpr: float | None
     confusion: Confusion
-    absolute: tuple[int, int] | None
+    absolute: tuple[int, int]
     inconclusive: int
 
     @property
@@ -120,7 +120,7 @@ def tables(found: Folders, calibrations: dict[str, Calibration]) -> Tables:
     chain = [name for name in found.chain if name in judges]
     everyone: dict[str, Judge] = {**judges, CHAIN: _worst([judges[name] for name in chain])} if chain else dict(judges)
     rows = [
-        _row(name, judge, half, group, members, found.entries)
+        _row(name, chain if name == CHAIN else [name], judge, half, group, members, found.entries)
         for half in ("test", "calibration")
         for group, members in _groups([one for one in found.entries if one.half == half])
         for name, judge in everyone.items()
@@ -179,7 +179,13 @@ def _groups(entries: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
 
 
 def _row(
-    scanner: str, judge: Judge, half: str, group: str, members: Sequence[Entry], entries: Sequence[Entry]
+    scanner: str,
+    parts: Sequence[str],
+    judge: Judge,
+    half: str,
+    group: str,
+    members: Sequence[Entry],
+    entries: Sequence[Entry],
 ) -> Row | None:
     zoos = {one.zoo for one in members}
     clean = [one for one in entries if one.half == half and not one.backdoored and one.zoo in zoos]
@@ -189,8 +195,8 @@ def _row(
     if not high and not low:
         return None
     both = bool(high) and bool(low)
-    said = [one.scans[scanner].verdict for one, _ in scored] if scanner != CHAIN else []
-    words = [(one.backdoored, word == "backdoored") for (one, _), word in zip(scored, said, strict=False)]
+    said = [{one.scans[part].verdict for part in parts if part in one.scans} for one, _ in scored]
+    words = [(one.backdoored, "backdoored" in found) for (one, _), found in zip(scored, said, strict=True)]
     low_end, high_end = auroc_interval(high, low) if both else (None, None)
     return Row(
         scanner=scanner,
@@ -203,8 +209,8 @@ def _row(
         high=high_end,
         tpr_at_fpr=tpr_at_fpr(high, low, FPR) if both else None,
         confusion=Confusion.of([z > THRESHOLD for z in high], [z > THRESHOLD for z in low]),
-        absolute=(sum(bad and hit for bad, hit in words), sum(hit and not bad for bad, hit in words)) if said else None,
-        inconclusive=said.count("inconclusive"),
+        absolute=(sum(bad and hit for bad, hit in words), sum(hit and not bad for bad, hit in words)),
+        inconclusive=said.count({"inconclusive"}),
     )
 
 

@@ -147,7 +147,7 @@ def test_chain_takes_the_worst_of_its_scanners_and_says_who_helps():
     good = [entry("test", {"a": size, "b": size}) for size in SIZES]
     result = made([*pool, *bad, *good], ("a", "b"))
     assert [row(result, scanner=name).confusion.found for name in ("a", "b", "chain")] == [1, 1, 2]
-    assert row(result, scanner="chain").absolute is None
+    assert [row(result, scanner=name).absolute for name in ("a", "b", "chain")] == [(1, 0), (1, 0), (2, 0)]
     assert result.without["chain"] == 1.0
     assert result.without["without a"] == result.without["without b"] < 1
 
