@@ -81,6 +81,20 @@ class Calibration:
             return -robust_z(_size(score), [_size(one) for one in group.scores])
         return _linear_z(score, group.scores)
 
+    def says(self, entry: Entry) -> bool | None:
+        """Whether a scan with these calibrations calls the encoder backdoored; None = it was not scanned.
+
+        As `cupel scan` does: where there are enough clean encoders of its recipe, by three robust standard deviations
+        above them; else by the scanner's own thresholds.
+        """
+        if self.scanner not in entry.scans:
+            return None
+        group = self.group(entry)
+        if group is None or group.level != "recipe":
+            return entry.scans[self.scanner].verdict == "backdoored"
+        z = self.z(entry)
+        return z is not None and z > THRESHOLD
+
     def recipes(self) -> dict[str, list[Entry]]:
         """The clean encoders of each recipe of which there are enough to be shipped."""
         found: dict[str, list[Entry]] = {}

@@ -50,9 +50,11 @@ def _counts(tables: Tables) -> str:
 def _headline(tables: Tables) -> str:
     rows = [one for one in tables.rows if one.half == "test" and not one.group.startswith("family:")]
     return _rows("Scanners on the test half", rows, "group") + (
-        "\n\nAn encoder is called backdoored when its score lies 3 robust standard deviations above clean encoders of "
-        "the calibration half; “without references” reads the same scans by the scanner's own thresholds. Intervals "
-        "and bounds are 95 %."
+        "\n\nAUROC and TPR are of z: how many robust standard deviations a score lies above clean encoders of the "
+        "calibration half, of the same recipe where there are five, else of the same architecture and data. Found and "
+        "false alarms are what a scan with these calibrations says: backdoored where z > 3 against clean encoders of "
+        "the same recipe, and where there are not five of them, by the scanner's own thresholds. “Without references” "
+        "reads all scans by these. Intervals and bounds are 95 %."
         if rows
         else ""
     )

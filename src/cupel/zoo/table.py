@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cupel.zoo.calibration import THRESHOLD, Calibration
+from cupel.zoo.calibration import Calibration
 from cupel.zoo.entries import Entry, Folders
 from cupel.zoo.prices import Price, prices
 from cupel.zoo.statistics import (
@@ -25,8 +25,25 @@ __all__ = ["CHAIN", "Row", "Tables", "tables"]
 CHAIN = "chain"
 FPR, POWER = 0.05, 0.9
 
-Judge = Callable[[Entry], float | None]
+Score = Callable[[Entry], float | None]
 """Robust standard deviations above clean encoders; None = not scanned, or nothing to compare with."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """One scanner, or several of which the worst counts.
+
+    Args:
+        name: Of the scanner, or `chain`.
+        parts: Names of its scanners.
+        z: See `Score`.
+        says: Whether it calls an entry backdoored; None = it was not scanned.
+    """
+
+    name: str
+    parts: Sequence[str]
+    z: Score
+    says: Callable[[Entry], bool | None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +58,7 @@ class Row:
         positives, negatives: Encoders.
         auroc, low, high: With its 95 % interval; None = one kind is missing.
         tpr_at_fpr: Best TPR at FPR ≤ 5 %, wherever that threshold lies.
-        confusion: At z = 3 against the calibration half.
+        confusion: As a scan with the calibrations of the other half says; see `Calibration.says`.
         absolute: Found and false alarms of the same scans read without references (verdict `backdoored`; of the chain,
             by any of its scanners).
         inconclusive: Scans that said nothing; they count as not found.
@@ -116,22 +133,22 @@ def tables(found: Folders, calibrations: dict[str, Calibration]) -> Tables:
         found: The zoos.
         calibrations: By scanner, each made of the same entries.
     """
-    judges = {name: _memo(one.z) for name, one in calibrations.items()}
-    chain = [name for name in found.chain if name in judges]
-    everyone: dict[str, Judge] = {**judges, CHAIN: _worst([judges[name] for name in chain])} if chain else dict(judges)
+    judges = {name: Judge(name, [name], _memo(one.z), one.says) for name, one in calibrations.items()}
+    chain = [judges[name] for name in found.chain if name in judges]
+    everyone = [*judges.values(), *([_together(chain)] if chain else [])]
     rows = [
-        _row(name, chain if name == CHAIN else [name], judge, half, group, members, found.entries)
+        _row(judge, half, group, members, found.entries)
         for half in ("test", "calibration")
         for group, members in _groups([one for one in found.entries if one.half == half])
-        for name, judge in everyone.items()
+        for judge in everyone
     ]
     test = [one for one in found.entries if one.half == "test"]
     return Tables(
         rows=tuple(row for row in rows if row is not None),
         costs={name: _cost(name, found.entries) for name in judges},
-        smallest={name: _smallest(judge, test) for name, judge in everyone.items()},
+        smallest={judge.name: _smallest(judge, test) for judge in everyone},
         overlaps={name: made for name in judges if (made := _overlaps(name, test))},
-        without=_without(judges, chain, [one for one in found.entries if one.half == "calibration"]),
+        without=_without(chain, [one for one in found.entries if one.half == "calibration"]),
         prices=prices(list(judges), found.entries),
         levels={name: _levels(one, found.entries) for name, one in calibrations.items()},
         counts={half: _counts([one for one in found.entries if one.half == half]) for half in ("calibration", "test")},
@@ -140,26 +157,29 @@ def tables(found: Folders, calibrations: dict[str, Calibration]) -> Tables:
     )
 
 
-def _memo(judge: Judge) -> Judge:
+def _memo(score: Score) -> Score:
     known: dict[tuple[str, str], float | None] = {}
 
     def look(entry: Entry) -> float | None:
         key = (entry.zoo, entry.name)
         if key not in known:
-            known[key] = judge(entry)
+            known[key] = score(entry)
         return known[key]
 
     return look
 
 
-def _worst(judges: Sequence[Judge]) -> Judge:
-    """The largest z of several scanners, of those that have one."""
+def _together(judges: Sequence[Judge]) -> Judge:
+    """The chain of several scanners: the largest z of those that have one; backdoored where one of them says so."""
 
-    def judge(entry: Entry) -> float | None:
-        said = [z for one in judges if (z := one(entry)) is not None]
-        return max(said) if said else None
+    def z(entry: Entry) -> float | None:
+        return max((found for one in judges if (found := one.z(entry)) is not None), default=None)
 
-    return judge
+    def says(entry: Entry) -> bool | None:
+        said = [word for one in judges if (word := one.says(entry)) is not None]
+        return any(said) if said else None
+
+    return Judge(CHAIN, [part for one in judges for part in one.parts], z, says)
 
 
 def _groups(entries: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
@@ -178,28 +198,20 @@ def _groups(entries: Sequence[Entry]) -> list[tuple[str, list[Entry]]]:
     return [(name, members) for name, members in groups if members]
 
 
-def _row(
-    scanner: str,
-    parts: Sequence[str],
-    judge: Judge,
-    half: str,
-    group: str,
-    members: Sequence[Entry],
-    entries: Sequence[Entry],
-) -> Row | None:
+def _row(judge: Judge, half: str, group: str, members: Sequence[Entry], entries: Sequence[Entry]) -> Row | None:
     zoos = {one.zoo for one in members}
     clean = [one for one in entries if one.half == half and not one.backdoored and one.zoo in zoos]
-    scored = [(one, z) for one in [*members, *clean] if (z := judge(one)) is not None]
+    scored = [(one, z) for one in [*members, *clean] if (z := judge.z(one)) is not None]
     high = [z for one, z in scored if one.backdoored]
     low = [z for one, z in scored if not one.backdoored]
     if not high and not low:
         return None
     both = bool(high) and bool(low)
-    said = [{one.scans[part].verdict for part in parts if part in one.scans} for one, _ in scored]
+    said = [{one.scans[part].verdict for part in judge.parts if part in one.scans} for one, _ in scored]
     words = [(one.backdoored, "backdoored" in found) for (one, _), found in zip(scored, said, strict=True)]
     low_end, high_end = auroc_interval(high, low) if both else (None, None)
     return Row(
-        scanner=scanner,
+        scanner=judge.name,
         half=half,
         group=group,
         positives=len(high),
@@ -208,7 +220,9 @@ def _row(
         low=low_end,
         high=high_end,
         tpr_at_fpr=tpr_at_fpr(high, low, FPR) if both else None,
-        confusion=Confusion.of([z > THRESHOLD for z in high], [z > THRESHOLD for z in low]),
+        confusion=Confusion.of(
+            *([bool(judge.says(one)) for one, _ in scored if one.backdoored is kind] for kind in (True, False))
+        ),
         absolute=(sum(bad and hit for bad, hit in words), sum(hit and not bad for bad, hit in words)),
         inconclusive=said.count({"inconclusive"}),
     )
@@ -231,9 +245,13 @@ def _cost(scanner: str, entries: Sequence[Entry]) -> dict[str, float | None]:
 
 def _smallest(judge: Judge, entries: Sequence[Entry]) -> tuple[float, int, int] | None:
     tried = [
-        (one.area, z > THRESHOLD)
+        (one.area, said)
         for one in entries
-        if one.effective and one.stamp and not one.hard and one.area is not None and (z := judge(one)) is not None
+        if one.effective
+        and one.stamp
+        and not one.hard
+        and one.area is not None
+        and (said := judge.says(one)) is not None
     ]
     return smallest_found([area for area, _ in tried], [hit for _, hit in tried], POWER)
 
@@ -247,12 +265,12 @@ def _overlaps(scanner: str, entries: Sequence[Entry]) -> dict[str, float | int]:
     return {"n": len(iou), "iou": statistics.median(iou), "distance": statistics.median(distance)}
 
 
-def _without(judges: dict[str, Judge], chain: Sequence[str], entries: Sequence[Entry]) -> dict[str, float | None]:
-    cases = {CHAIN: list(chain)} | ({f"without {one}": [x for x in chain if x != one] for one in chain})
+def _without(chain: Sequence[Judge], entries: Sequence[Entry]) -> dict[str, float | None]:
+    cases = {CHAIN: list(chain)} | ({f"without {one.name}": [x for x in chain if x is not one] for one in chain})
     made: dict[str, float | None] = {}
     for name, members in cases.items():
-        judge = _worst([judges[one] for one in members])
-        scored = [(one, z) for one in entries if (z := judge(one)) is not None]
+        judge = _together(members)
+        scored = [(one, z) for one in entries if (z := judge.z(one)) is not None]
         high = [z for one, z in scored if one.effective and not one.hard]
         low = [z for one, z in scored if not one.backdoored]
         made[name] = auroc(high, low) if high and low else None

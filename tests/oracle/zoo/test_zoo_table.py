@@ -73,6 +73,18 @@ def test_the_test_half_moves_no_threshold():
     assert wild.bounded  # scores of the test half are not looked at
 
 
+def test_without_five_of_its_recipe_a_scan_is_read_by_its_own_thresholds():
+    calibration = Calibration("s", clean())
+    strange = entry(sizes={"s": 0.11}, recipe="other")  # far below all clean ones, above the scanner's own threshold
+    assert calibration.z(strange) > 3
+    assert calibration.says(strange) is False
+    assert calibration.says(entry(sizes={"s": 0.11})) is True
+    assert calibration.says(entry(sizes={"s": 0.09}, recipe="other")) is True
+    assert calibration.says(entry(sizes={"t": 0.09})) is None
+    result = made([*clean(), strange, entry(sizes={"s": 0.11}, backdoored=True)])
+    assert row(result).confusion == (1, 0, 0, 1)
+
+
 def test_nothing_is_compared_with_itself_or_with_fine_tuned_encoders():
     pool = clean()
     calibration = Calibration("s", pool)
