@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from cupel.errors import DataError
-from cupel.scan import Decree, PScan, read_reference, shipped_reference
+from cupel.scan import Decree, Indicators, PScan, SSLCleanse, read_reference, shipped_reference
 from cupel.scan.decree import decide
-from cupel.scan.reference import leave_one_out, robust_z, size_at
+from cupel.scan.reference import ENOUGH, leave_one_out, robust_z, size_at
 from cupel.verdicts import Reference
+from cupel.vet import default_chain
 
 E = math.e
 
@@ -100,9 +101,22 @@ def test_shipped_calibrations_belong_to_budgets_that_exist() -> None:
     """A changed default or a renamed budget would leave them unused without a word."""
     variants = ("stamp", "linf", "frequency")
     names = {Decree.preset(budget, variant).name for budget in Decree.budgets for variant in variants}
-    names |= {PScan.preset(budget).name for budget in PScan.budgets}
+    names |= {cls.preset(budget).name for cls in (PScan, SSLCleanse, Indicators) for budget in cls.budgets}
     folder = importlib.resources.files("cupel") / "calibration"
     shipped = [json.loads(file.read_text("utf-8")) for file in folder.iterdir() if file.name.endswith(".json")]
     assert shipped
     assert {one["scanner"] for one in shipped} <= names
-    assert len(names) == 12
+    assert len(names) == 18
+
+
+def test_every_shipped_calibration_is_found_and_stands_alone() -> None:
+    folder = importlib.resources.files("cupel") / "calibration"
+    files = [read_reference(Path(str(one))) for one in folder.iterdir() if one.name.endswith(".json")]
+    keys = [(one.scanner, one.recipe) for one in files]
+    assert len(set(keys)) == len(keys), "two files for one scanner and recipe: neither would be used"
+    assert all(len(one.scores) >= ENOUGH for one in files)
+    for budget in ("smoke", "standard"):
+        names = {getattr(scanner, "name", "") for scanner in default_chain(budget)}
+        for recipe in {recipe for scanner, recipe in keys if scanner == f"decree/{budget}"}:
+            assert {scanner for scanner, one in keys if one == recipe} >= names - {"decree/linf-smoke"}
+            assert shipped_reference(f"decree/{budget}", "fast", recipe) is not None
