@@ -40,9 +40,9 @@ def default_chain(budget: str = "standard") -> list[Scanner]:
 
     A mask over the whole image finds large and faint stamps, windows find small sharp ones and their place, and the
     variants look for what is no stamp. Measured on the calibration half of three zoos (results/zoo): the frequency
-    variant and the windows raise the AUROC, DECREE's stamps decide where there are no clean encoders to compare with, and the
-    L∞ variant alone found a DRUPE encoder. SSL-Cleanse is left out: among few clusters its index calls clean encoders
-    suspicious. So are the feature indicators: what they see, windows see too.
+    variant and the windows raise the AUROC, DECREE's stamps decide where there are no clean encoders to compare with,
+    and the L∞ variant alone found a DRUPE encoder. SSL-Cleanse is left out: among few clusters its index calls clean
+    encoders suspicious. So are the feature indicators: what they see, windows see too.
 
     Args:
         budget: `smoke`, `standard` or `paper`.
