@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,8 @@ def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     short = re.sub(r"steps=\d+", "steps=2", short)
     assert short.count("steps=2") == 5
     monkeypatch.chdir(tmp_path)
-    exec(compile(short, "README.md", "exec"), {})  # noqa: S102  # our own example
+    (tmp_path / "example.py").write_text(short, "utf-8")
+    runpy.run_path("example.py")
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["clean", "backdoored", "purified"]
     assert (tmp_path / "purified.safetensors").exists()

@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["Built", "Member", "Tables", "Zoo", "build", "packaged_zoos", "read_entries", "read_zoo", "tables"]
 
 _HOMES = {
-    "Built": "making", "Member": "file", "Tables": "table", "Zoo": "file", "build": "making", "packaged_zoos": "file",
+    "Built": "attempt", "Member": "file", "Tables": "table", "Zoo": "file", "build": "making", "packaged_zoos": "file",
     "read_entries": "entries", "read_zoo": "file", "tables": "table",
 }  # fmt: skip
 

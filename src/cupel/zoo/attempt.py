@@ -1,4 +1,4 @@
-"""One member's steps through the store, with a record whatever happens."""
+"""Members' steps through the store, with a record of each whatever happens."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,69 @@ from cupel.records import Record
 from cupel.settings import canonical
 from cupel.zoo.file import Member, Zoo
 
-__all__ = ["attempted", "described"]
+__all__ = ["Built", "Task", "attempted", "described", "worked"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What a call that works on members did.
+
+    Args:
+        done: Members that had something to do and were finished.
+        stored: Members that were there already.
+        failed: Records with a reason, or with a note of a step that failed.
+        left: Members that are still to do.
+    """
+
+    done: int
+    stored: int
+    failed: tuple[Record, ...]
+    left: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One member's work: its steps, those that are not in the store, and what makes them and a record."""
+
+    steps: Sequence[Step]
+    missing: Sequence[Step]
+    run: Callable[[], Record]
+
+
+def worked(
+    members: Sequence[Member], task_of: Callable[[Member], Task | None], folder: Path, limit: int | None
+) -> Built:
+    """Do what is missing, and write one record each.
+
+    Args:
+        members: In this order.
+        task_of: The work on one; None = it cannot be done yet.
+        folder: Of the records; they are written anew each time, for the file may call a member otherwise now.
+        limit: Members at most that have something to do; None = all.
+
+    Raises:
+        Interrupted: what was done is in the store.
+    """
+    done = stored = left = 0
+    failed: list[Record] = []
+    for i, member in enumerate(members, 1):
+        task = task_of(member)
+        if task is None or (task.missing and limit is not None and done + len(failed) >= limit):
+            left += 1
+            continue
+        if task.missing:
+            say(f"[{i}/{len(members)}] {member.name}: {len(task.missing)} of {len(task.steps)} steps to do")
+        found = task.run()
+        found.write(folder / f"{member.name}.json")
+        if found.status != "done":
+            say(f"  failed: {found.reason}")
+        if found.status != "done" or found.notes:
+            failed.append(found)
+        elif task.missing:
+            done += 1
+        else:
+            stored += 1
+    return Built(done, stored, tuple(failed), left)
 
 
 def described(zoo: Zoo, member: Member) -> dict[str, Any]:

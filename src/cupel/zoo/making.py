@@ -15,41 +15,23 @@ from cupel.experiment.store import Artefact, Store
 from cupel.files import read_json, write_json
 from cupel.implanting import shortened
 from cupel.pretrain import OBJECTIVES
-from cupel.progress import say
 from cupel.protocols import Scanner
 from cupel.records import Metric, Record
 from cupel.settings import canonical, digest, method_name
 from cupel.verdicts import ORDER
-from cupel.zoo.attempt import attempted, described
+from cupel.zoo.attempt import Built, Task, attempted, described, worked
 from cupel.zoo.entries import MANIFEST
 from cupel.zoo.file import Member, Zoo, trigger_of
 from cupel.zoo.looks import Look, look_of, overlap
 from cupel.zoo.meta import base_of, learns, scan_with_reference, with_base
 
-__all__ = ["Built", "Only", "build", "claim", "steps_of"]
+__all__ = ["Only", "build", "claim", "steps_of"]
 
 Only = Literal["clean", "attacked", "scan"]
 _METRICS = {
     "clean": {"accuracy": "clean_accuracy", "attack_success_rate": "attack_success_rate_baseline"},
     "backdoored": {"accuracy": "backdoored_accuracy", "attack_success_rate": "attack_success_rate"},
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Built:
-    """What a call of `build` did.
-
-    Args:
-        done: Members that had something to do and were finished.
-        stored: Members that were there already.
-        failed: Records with a reason, or with a note of a scan that failed.
-        left: Members that are still to do.
-    """
-
-    done: int
-    stored: int
-    failed: tuple[Record, ...]
-    left: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,32 +103,16 @@ def build(zoo: Zoo, out: Path, only: Only | None = None, limit: int | None = Non
     claim(zoo, out)
     store = Store(out / "store")
     wanted = [one for one in zoo.members if only in (None, "scan") or one.attacked == (only == "attacked")]
-    done = stored = left = 0
-    failed: list[Record] = []
-    for i, member in enumerate(wanted, 1):
+
+    def task_of(member: Member) -> Task | None:
         steps = steps_of(member, zoo)
-        made = all(store.has(one.stage, one.key) for one in steps.make)
-        if only == "scan" and not made:
-            left += 1
-            continue
+        if only == "scan" and not all(store.has(one.stage, one.key) for one in steps.make):
+            return None
         todo = [*(() if only == "scan" else steps.make), *(steps.scan if only in (None, "scan") else ())]
         missing = [one for one in todo if not store.has(one.stage, one.key)]
-        if missing and limit is not None and done + len(failed) >= limit:
-            left += 1
-            continue
-        if missing:
-            say(f"[{i}/{len(wanted)}] {member.name}: {len(missing)} of {len(todo)} steps to do")
-        found = _run(zoo, member, steps, missing, store, device)
-        found.write(out / "cells" / f"{member.name}.json")  # anew each time: the file may call it otherwise now
-        if found.status != "done":
-            say(f"  failed: {found.reason}")
-        if found.status != "done" or found.notes:
-            failed.append(found)
-        elif missing:
-            done += 1
-        else:
-            stored += 1
-    return Built(done, stored, tuple(failed), left)
+        return Task(todo, missing, lambda: _run(zoo, member, steps, missing, Runner(store, device)))
+
+    return worked(wanted, task_of, out / "cells", limit)
 
 
 def claim(zoo: Zoo, out: Path) -> None:
@@ -158,9 +124,7 @@ def claim(zoo: Zoo, out: Path) -> None:
     write_json(path, {"zoo": zoo.name, **names, "chain": list(zoo.chain)})
 
 
-def _run(zoo: Zoo, member: Member, steps: _Steps, missing: Sequence[Step], store: Store, device: str) -> Record:
-    runner = Runner(store, device)
-
+def _run(zoo: Zoo, member: Member, steps: _Steps, missing: Sequence[Step], runner: Runner) -> Record:
     def made(step: Step) -> None:
         if step.stage == "scan" and "base" in step.method:
             scan_with_reference(step, runner)

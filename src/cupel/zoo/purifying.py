@@ -11,12 +11,11 @@ from cupel.errors import UsageError
 from cupel.experiment.plan import Step, plan
 from cupel.experiment.run import Runner
 from cupel.experiment.store import Store
-from cupel.progress import say
 from cupel.records import Metric, Record
-from cupel.zoo.attempt import attempted, described
+from cupel.zoo.attempt import Built, Task, attempted, described, worked
 from cupel.zoo.file import Member, Zoo, trigger_of
 from cupel.zoo.looks import look_of
-from cupel.zoo.making import Built, claim
+from cupel.zoo.making import claim
 from cupel.zoo.parts import Purification
 
 __all__ = ["FOLDER", "purify_members", "purify_steps"]
@@ -61,42 +60,31 @@ def purify_members(zoo: Zoo, out: Path, limit: int | None = None, device: str = 
     claim(zoo, out)
     store = Store(out / "store")
     wanted = [one for one in zoo.members if one.backdoored and one.half == task.half and (task.hard or not one.hard)]
-    done = stored = left = 0
-    failed: list[Record] = []
-    for i, member in enumerate(wanted, 1):
+
+    def task_of(member: Member) -> Task | None:
         steps = purify_steps(member, zoo)
         missing = [one for one in steps if not store.has(one.stage, one.key)]
-        made = not any(one.stage in ("pretrain", "implant") for one in missing)
-        if not made or (missing and limit is not None and done + len(failed) >= limit):
-            left += 1
-            continue
-        if missing:
-            say(f"[{i}/{len(wanted)}] {member.name}: {len(missing)} of {len(steps)} steps to do")
-        runner = Runner(store, device)
+        if any(one.stage in ("pretrain", "implant") for one in missing):
+            return None
+        return Task(steps, missing, lambda: _run(zoo, member, steps, missing, Runner(store, device)))
 
-        def make(step: Step, runner: Runner = runner) -> None:
-            runner.value(step)
-
-        def collect(
-            base: Record, member: Member = member, steps: tuple[Step, ...] = steps, runner: Runner = runner
-        ) -> Record:
-            return _collected(zoo, member, steps, runner, base)
-
-        found = attempted(member, runner, missing, make, collect, frozenset({"purify", "score", "retune"}))
-        found.write(out / FOLDER / f"{member.name}.json")
-        if found.status != "done" or found.notes:
-            failed.append(found)
-        elif missing:
-            done += 1
-        else:
-            stored += 1
-    return Built(done, stored, tuple(failed), left)
+    return worked(wanted, task_of, out / FOLDER, limit)
 
 
 def _purification(zoo: Zoo) -> Purification:
     if zoo.purification is None:
         raise UsageError(zoo.name, "names no purifiers", "list them under `purify.methods` of the file")
     return zoo.purification
+
+
+def _run(zoo: Zoo, member: Member, steps: tuple[Step, ...], missing: list[Step], runner: Runner) -> Record:
+    def make(step: Step) -> None:
+        runner.value(step)
+
+    def collect(base: Record) -> Record:
+        return _collected(zoo, member, steps, runner, base)
+
+    return attempted(member, runner, missing, make, collect, frozenset({"purify", "score", "retune"}))
 
 
 def _collected(zoo: Zoo, member: Member, steps: tuple[Step, ...], runner: Runner, base: Record) -> Record:
