@@ -37,8 +37,8 @@ class Retuning:
 
     Source: Min, Qin, Zhang, Shen, Cheng, Uncovering, Explaining, and Mitigating the Superficial Safety of Backdoor
         Defense, NeurIPS 2024, arXiv:2410.09838: 2 %, 5 poisoned, 5 epochs of SGD with momentum 0.9 at 0.01.
-    Deviations: an encoder with a head in place of a classifier; rate 0.003, for 0.01 costs small clean encoders up to
-        a quarter of their accuracy; at least 100 images.
+    Deviations: an encoder with a head in place of a classifier; rate 0.0003, for 0.003 costs a clean encoder of shapes
+        half of its accuracy (70 % to 36 %), and 0.0003 six points; at least 100 images.
 
     Example:
         >>> Retuning().images(20_000), Retuning().images(1500)
@@ -50,7 +50,7 @@ class Retuning:
     poisoned: PositiveInt = 5
     seeds: PositiveInt = 2
     tuning: FineTune = FineTune(
-        epochs=5, batch_size=16, optimizer="sgd", lr=0.003, weight_decay=0.0, schedule="constant", batch_norm="frozen"
+        epochs=5, batch_size=16, optimizer="sgd", lr=0.0003, weight_decay=0.0, schedule="constant", batch_norm="frozen"
     )
 
     def images(self, n: int) -> int:

@@ -7,6 +7,7 @@ from cupel.purify.anp import ANP
 from cupel.purify.bcu import BCU
 from cupel.purify.cbd import CBD
 from cupel.purify.clp import CLP
+from cupel.purify.cupellation import Cupellation
 from cupel.purify.fine_pruning import FinePruning
 from cupel.purify.ft_sam import FTSAM
 from cupel.purify.ibau import IBAU
@@ -35,6 +36,7 @@ __all__ = [
     "PURIFIERS",
     "SCU",
     "TSC",
+    "Cupellation",
     "FETuning",
     "FTInit",
     "FinePruning",
@@ -47,6 +49,7 @@ __all__ = [
 PURIFIERS: Mapping[str, type] = registry(
     "purifiers",
     {
+        "cupellation": Cupellation,
         "cbd": CBD,
         "scu": SCU,
         "bcu": BCU,
@@ -75,6 +78,6 @@ def label_free() -> list[str]:
 
     Example:
         >>> label_free()
-        ['cbd', 'scu', 'bcu', 'mimic', 'tsc', 'clp']
+        ['cupellation', 'cbd', 'scu', 'bcu', 'mimic', 'tsc', 'clp']
     """
     return [name for name, cls in PURIFIERS.items() if "labels" not in cls().needs]

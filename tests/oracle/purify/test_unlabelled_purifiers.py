@@ -16,6 +16,7 @@ from cupel.inference import features, triggered
 from cupel.purify.bcu import BCU, BCULearner
 from cupel.purify.cbd import CBD
 from cupel.purify.clp import CLP
+from cupel.purify.cupellation import Cupellation
 from cupel.purify.mimic import MIMIC, MIMICLearner
 from cupel.purify.scu import SCU
 from cupel.purify.tsc import TSC
@@ -30,6 +31,7 @@ from toys import blobs, small_encoder
 
 DATA = blobs(64)
 QUICK: dict[type, dict[str, Any]] = {
+    Cupellation: {},
     SCU: {},
     BCU: {},
     MIMIC: {"information_steps": 3},

@@ -1,0 +1,253 @@
+"""An encoder with a gate before its last block: places of an image that look like nothing seen before are left out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from typing import Annotated, Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from cupel.encoders.blocks import blocks_of
+from cupel.encoders.fast import Fast
+from cupel.encoders.image import ImageEncoder
+from cupel.encoders.projected import BASES, Base
+from cupel.errors import DataError
+from cupel.seeds import Seed
+from cupel.settings import OneOf, settings
+
+__all__ = ["Gate", "Gated", "gated", "outlying", "trunk_of"]
+
+
+@settings
+class Gated:
+    """Another encoder that watches its own features, as the purifier `cupellation` leaves one behind.
+
+    The features before the last block pass a gate. A frozen copy of an encoder's blocks up to there, the alarm, tells
+    per location how far it lies from those of clean images, and what lies too far gets the mean of clean images
+    instead. The alarm's weights are buffers: no training of the encoder changes them. Names of the network's own
+    weights are those of the base; `alarm.*` and `gate.*` come on top.
+
+    Args:
+        base: Architecture below; not a `gated` one.
+
+    Source: our choice; related are local feature clipping and masking, e.g. Xiang et al., PatchGuard, USENIX Security
+        2021, arXiv:2005.10884, and Wang et al., MM-BD, IEEE S&P 2024, arXiv:2205.06900, which bounds activations.
+
+    Example:
+        >>> encoder = Gated(base=Fast(width=4)).build(Seed(0))
+        >>> encoder.width, encoder.card.architecture["method"]
+        (16, 'gated')
+    """
+
+    base: Annotated[Base, OneOf(BASES)] = Fast()
+    revision: ClassVar[int] = 1
+
+    @property
+    def input_size(self) -> int:
+        """Side of the images in pixels: that of the base."""
+        return self.base.input_size
+
+    def build(self, seed: Seed) -> ImageEncoder:
+        """A freshly initialised encoder whose gate is open; without it, it is what `base.build(seed)` gives."""
+        encoder = self.base.build(seed)
+        return _joined(encoder, trunk_of(encoder), Gate(_features(encoder)))
+
+
+class Gate(nn.Module):
+    """What decides per location, and what is put in its place.
+
+    Args:
+        width: Features per location.
+
+    Buffers: `mean` and `white` of the alarm's features (distance = ‖(a − mean) · white‖²), `limit` that no clean
+    location surpasses but few, `low` for locations beside such a one, and `fill`, the encoder's own mean features.
+    """
+
+    mean: Tensor
+    white: Tensor
+    limit: Tensor
+    low: Tensor
+    fill: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name, value in {
+            "mean": torch.zeros(width), "white": torch.eye(width), "limit": torch.tensor(torch.inf),
+            "low": torch.tensor(torch.inf), "fill": torch.zeros(width),
+        }.items():  # fmt: skip
+            self.register_buffer(name, value)
+
+    def forward(self, h: Tensor, alarm: Tensor) -> Tensor:
+        bad = outlying(alarm, self.mean, self.white, self.limit, self.low)
+        return _filled(h, bad, self.fill)
+
+    @torch.no_grad()
+    def learn(
+        self, alarm: Float[Tensor, "n width h w"], own: Float[Tensor, "n width h w"], limit: float, low: float,
+        floor: float, trimmed: float,
+    ) -> None:  # fmt: skip
+        """Take the statistics of clean images.
+
+        Args:
+            alarm: The alarm's features.
+            own: The encoder's.
+            limit, low: Shares of clean locations that lie within.
+            floor: Least variance, as a share of the largest along a principal axis.
+            trimmed: Share of the images that are left out, those with the farthest location: some may bear a trigger.
+        """
+        kept = torch.arange(len(alarm), device=alarm.device)
+        for keep in (1.0, 1.0 - trimmed):
+            rows = alarm[kept].movedim(1, -1).flatten(0, 2).float()
+            self.mean.copy_(rows.mean(dim=0))
+            spread, axes = torch.linalg.eigh(torch.cov((rows - self.mean).T).double())
+            least = floor * float(spread.max()) + 1e-12
+            self.white.copy_((axes / spread.clamp(min=0).add(least).sqrt()).float())
+            far = _far(alarm, self.mean, self.white)
+            order = far.flatten(1).amax(dim=1).argsort()
+            kept = order[: max(2, round(keep * len(order)))]
+        inside = far[order[: max(2, round((1.0 - trimmed) * len(order)))]].flatten().sort().values
+        for name, share in (("limit", limit), ("low", low)):
+            getattr(self, name).copy_(inside[min(len(inside) - 1, int(share * len(inside)))])
+        self.fill.copy_(own.float().mean(dim=(0, 2, 3)))
+
+
+def _far(alarm: Tensor, mean: Tensor, white: Tensor) -> Tensor:
+    """Squared distance per location, `[n, 1, h, w]`."""
+    with torch.autocast(alarm.device.type, enabled=False):
+        return F.conv2d(alarm.float() - mean.view(1, -1, 1, 1), white.T[:, :, None, None]).square().sum(1, keepdim=True)
+
+
+@fx.wrap
+def outlying(alarm: Tensor, mean: Tensor, white: Tensor, limit: Tensor, low: Tensor) -> Tensor:
+    """1 where a location is to be left out, else 0; `[n, 1, h, w]`.
+
+    Those beyond `limit`, and up to two steps around them those beyond `low`: a trigger also touches its surroundings.
+    """
+    far = _far(alarm.detach(), mean, white)
+    bad, weak = (far > limit).float(), (far > low).float()
+    for _ in range(2):
+        bad = torch.maximum(bad, F.max_pool2d(bad, 3, 1, 1) * weak)
+    return bad
+
+
+@fx.wrap
+def _filled(h: Tensor, bad: Tensor, fill: Tensor) -> Tensor:
+    return torch.where(bad.bool(), fill.to(h.dtype).view(1, -1, 1, 1), h)
+
+
+class _Watching:
+    """What goes before a network's own class: the gate between its last two blocks."""
+
+    alarm: nn.Sequential
+    gate: Gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, after = _halves(cast("nn.Module", self))
+        h = x
+        for part in before:
+            h = part(h)
+        h = self.gate(h, self.alarm(x))
+        for part in after:
+            h = part(h)
+        out: Tensor = h.mean(dim=(2, 3))
+        return out
+
+
+@functools.cache
+def _watching(cls: type) -> type[nn.Module]:
+    return cast("type[nn.Module]", type(f"Gated{cls.__name__}", (_Watching, cls), {}))
+
+
+def _halves(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Parts up to the last block but one, in the order in which they are applied, and the blocks after it."""
+    blocks = blocks_of(network)
+    parts = [part for name, part in network.named_children() if name not in ("alarm", "gate")]
+    cut = next(i for i, part in enumerate(parts) if part is blocks[-2]) + 1
+    return parts[:cut], [part for part in parts[cut:] if part is blocks[-1]]
+
+
+def _features(encoder: ImageEncoder) -> int:
+    """Features per location before the last block."""
+    first = next(part for part in blocks_of(encoder.module)[-1].modules() if isinstance(part, _ConvNd))
+    return first.in_channels
+
+
+def trunk_of(encoder: ImageEncoder) -> nn.Sequential:
+    """A frozen copy of the blocks up to the gate: BatchNorms multiplied in, weights as buffers."""
+    if isinstance(encoder.module.backbone, _Watching):
+        return copy.deepcopy(encoder.module.backbone.alarm)
+    trunk = nn.Sequential(*(copy.deepcopy(part) for part in _halves(encoder.module.backbone)[0])).eval()
+    for parent in list(trunk.modules()):
+        conv = ""
+        for name, part in list(parent.named_children()):
+            if isinstance(part, _BatchNorm) and conv:  # ours and torchvision's follow their convolution
+                setattr(parent, conv, nn.utils.fuse_conv_bn_eval(cast("_ConvNd", parent.get_submodule(conv)), part))
+                setattr(parent, name, nn.Identity())
+            conv = name if isinstance(part, _ConvNd) else ""
+    for part in trunk.modules():
+        for name, weight in list(part._parameters.items()):
+            del part._parameters[name]
+            part.register_buffer(name, None if weight is None else weight.detach().clone())
+    return trunk
+
+
+def _joined(encoder: ImageEncoder, alarm: nn.Sequential, gate: Gate) -> ImageEncoder:
+    """The same encoder, its network now with alarm and gate."""
+    network = encoder.module.backbone
+    if not isinstance(network, _Watching):
+        own: Any = type(network)
+        network.__class__ = _watching(own)
+    network.add_module("alarm", alarm)
+    network.add_module("gate", gate)
+    plain = dict(encoder.card.architecture)
+    built = plain if plain["method"] == "gated" else {"method": "gated", "base": plain}
+    return ImageEncoder(encoder.module.eval(), dataclasses.replace(encoder.card, architecture=built))
+
+
+@torch.no_grad()
+def gated(
+    encoder: ImageEncoder, watch: ImageEncoder, images: Float[Tensor, "n 3 h w"], limit: float = 0.999,
+    low: float = 0.95, floor: float = 0.01, trimmed: float = 0.0, at_once: int = 256,
+) -> ImageEncoder:  # fmt: skip
+    """A copy of an encoder that is watched by another one of the same architecture.
+
+    Args:
+        encoder: `fast`, `resnet18`, `resnet50`, or gated ones of these.
+        watch: Whose blocks become the alarm; where it is gated, its alarm does.
+        images: Clean, in [0, 1], on the device of both.
+        limit, low, floor, trimmed: See `Gate.learn`.
+        at_once: Images per forward pass.
+
+    Raises:
+        DataError: an encoder of another kind.
+
+    Example:
+        >>> encoder = Fast(width=4, input_size=16).build(Seed(0))
+        >>> x = torch.rand(64, 3, 16, 16)
+        >>> made = gated(encoder, encoder, x)
+        >>> bool((made(x) - encoder(x)).abs().max() < 0.5)
+        True
+    """
+    method = encoder.card.architecture.get("method")
+    if method not in (*BASES, "gated"):
+        raise DataError("encoder", f"a gate cannot be put into '{method}'", f"it goes into {', '.join(BASES)}")
+    alarm, gate = trunk_of(watch), Gate(_features(encoder)).to(images.device)
+    made = _joined(encoder.copy(), alarm, gate)
+    network, shift, scale = made.module.backbone, made.module.shift, made.module.scale
+    seen: list[Tensor] = []
+    own: list[Tensor] = []
+    for some in images.split(at_once):
+        x = torch.addcmul(shift, some, scale)
+        seen.append(alarm(x))
+        for part in _halves(network)[0]:
+            x = part(x)
+        own.append(x)
+    gate.learn(torch.cat(seen), torch.cat(own), limit, low, floor, trimmed)
+    return made

@@ -1,0 +1,211 @@
+"""Encoders with a gate: open it changes nothing; what it leaves out, against loops; on disk, folded, tuned, stamped."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cupel.checkpoint.inspect import inspect_file
+from cupel.encoders import Fast, Gated, Projected, ResNet18, ResNet50
+from cupel.encoders.blocks import blocks_of
+from cupel.encoders.gated import Gate, gated, outlying, trunk_of
+from cupel.encoders.storage import load_encoder, save_encoder
+from cupel.errors import DataError
+from cupel.folding import folded, inference_copy
+from cupel.probe.finetune import FineTune
+from cupel.seeds import Seed
+from fingerprints import same_state
+from toys import blobs
+
+SMALL = Fast(width=4, input_size=32)
+BASES = [SMALL, ResNet18(width_multiplier=0.0625), ResNet50(input_size=64)]
+
+
+def worn(base: object = SMALL, seed: int = 0):
+    """As after training: statistics and affine parts that differ from channel to channel."""
+    encoder, draw = base.build(Seed(seed)), Seed(seed).torch()
+    for part in encoder.module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            with torch.no_grad():
+                part.running_mean.normal_(0, 0.1, generator=draw)
+                part.running_var.uniform_(0.5, 1.5, generator=draw)
+                part.weight.uniform_(0.5, 1.5, generator=draw)
+                part.bias.normal_(0, 0.2, generator=draw)
+    return encoder
+
+
+def faint(n: int = 128, side: int = 32) -> Tensor:
+    """Images of little contrast."""
+    return 0.45 + 0.1 * torch.rand(n, 3, side, side, generator=Seed(1).torch())
+
+
+def stamped(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, :, 20:28, 20:28] = 1.0
+    return x
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda base: type(base).__name__)
+@torch.no_grad()
+def test_an_open_gate_changes_nothing(base):
+    plain = worn(base)
+    made = gated(plain, plain, faint(8, plain.input_size))
+    for name in ("limit", "low"):
+        made.module.backbone.gate.get_buffer(name).fill_(torch.inf)
+    x = torch.rand(3, 3, plain.input_size, plain.input_size, generator=Seed(0).torch())
+    assert torch.equal(made(x), plain(x))
+    fresh = Gated(base=base).build(Seed(3))
+    assert torch.equal(fresh(x), base.build(Seed(3))(x))
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda base: type(base).__name__)
+@torch.no_grad()
+def test_the_alarm_is_the_network_up_to_the_last_block(base):
+    encoder = worn(base)
+    x = torch.rand(2, 3, encoder.input_size, encoder.input_size, generator=Seed(0).torch())
+    seen: list[Tensor] = []
+    hook = blocks_of(encoder.module)[-1].register_forward_pre_hook(lambda part, inputs: seen.append(inputs[0].clone()))
+    encoder(x)
+    hook.remove()
+    inside = torch.addcmul(encoder.module.shift, x, encoder.module.scale)
+    assert float((trunk_of(encoder)(inside) - seen[0]).norm() / seen[0].norm()) < 1e-5
+
+
+def test_what_is_left_out_against_loops():
+    draw = Seed(2).torch()
+    a, mean = 2 * torch.randn(2, 3, 6, 5, generator=draw), torch.randn(3, generator=draw)
+    white = torch.randn(3, 3, generator=draw)
+    limit, low = 60.0, 15.0
+    far = [
+        [[float((((a[i, :, y, x] - mean) @ white) ** 2).sum()) for x in range(5)] for y in range(6)] for i in range(2)
+    ]
+    bad = np.array(far) > limit
+    for _ in range(2):
+        grown = bad.copy()
+        for i, y, x in np.ndindex(2, 6, 5):
+            near = bad[i, max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].any()
+            grown[i, y, x] |= bool(near) and far[i][y][x] > low
+        bad = grown
+    assert 0 < bad.sum() < bad.size
+    assert bad.sum() > (np.array(far) > limit).sum()
+    found = outlying(a, mean, white, torch.tensor(limit), torch.tensor(low))
+    assert np.array_equal(found[:, 0].numpy() > 0, bad)
+
+
+def test_statistics_of_clean_images_in_closed_form():
+    gate, draw = Gate(2), Seed(0).torch()
+    a = torch.randn(200, 2, 8, 8, generator=draw, dtype=torch.float64) * torch.tensor([3.0, 0.5]).view(1, 2, 1, 1) + 7
+    own = torch.rand(200, 2, 8, 8, generator=draw)
+    gate.learn(a.float(), own, limit=0.99, low=0.9, floor=0.0, trimmed=0.0)
+    torch.testing.assert_close(gate.mean, a.mean(dim=(0, 2, 3)).float())
+    torch.testing.assert_close(gate.fill, own.mean(dim=(0, 2, 3)))
+    inverse = torch.linalg.inv(torch.cov(a.movedim(1, -1).flatten(0, 2).T)).float()
+    torch.testing.assert_close(gate.white @ gate.white.T, inverse, rtol=1e-3, atol=1e-4)
+    # squared distances of two normal variables are χ² with two degrees of freedom: quantile −2 ln(1 − q)
+    assert float(gate.limit) == pytest.approx(-2 * np.log(0.01), rel=0.05)
+    assert float(gate.low) == pytest.approx(-2 * np.log(0.1), rel=0.05)
+
+
+def test_a_direction_that_never_varies_has_a_floor():
+    gate = Gate(2)
+    a = torch.randn(50, 2, 4, 4, generator=Seed(0).torch()) * torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
+    gate.learn(a, a, limit=0.999, low=0.95, floor=0.01, trimmed=0.0)
+    assert bool(gate.white.isfinite().all())
+    assert float(gate.white.abs().max()) == pytest.approx(10.0, rel=0.05)  # 1 / √0.01
+
+
+def test_images_with_a_trigger_among_them_do_not_move_the_limit_when_trimmed():
+    draw = Seed(0).torch()
+    a = torch.randn(200, 3, 8, 8, generator=draw)
+    mixed = a.clone()
+    mixed[:10, :, :3, :3] += 25.0
+    limits = {}
+    for trimmed in (0.0, 0.1):
+        gate = Gate(3)
+        gate.learn(mixed, mixed, limit=0.999, low=0.95, floor=0.01, trimmed=trimmed)
+        limits[trimmed] = float(gate.limit)
+        found = outlying(mixed, gate.mean, gate.white, gate.limit, gate.low)[:10, 0, :3, :3]
+        assert bool((found == 1).all()) == (trimmed > 0)
+    assert limits[0.0] > 5 * limits[0.1]
+
+
+@torch.no_grad()
+def test_what_no_clean_image_shows_is_left_out_and_only_there():
+    encoder, x = worn(), faint()
+    made = gated(encoder, encoder, x)
+    gate = made.module.backbone.gate
+
+    def left_out(images: Tensor) -> Tensor:
+        inside = torch.addcmul(made.module.shift, images, made.module.scale)
+        return outlying(made.module.backbone.alarm(inside), gate.mean, gate.white, gate.limit, gate.low)[:, 0]
+
+    assert float(left_out(x).mean()) < 0.01
+    hit = left_out(stamped(x)).mean(dim=0)
+    assert hit.shape == (8, 8)
+    assert float(hit[4:, 4:].mean()) > 0.3
+    assert float(hit[:3].max()) < 0.05
+    moved = (made(stamped(x)) - made(x)).norm(dim=1).mean()
+    assert float(moved) < 0.5 * float((encoder(stamped(x)) - encoder(x)).norm(dim=1).mean())
+
+
+def test_round_trip(tmp_path):
+    encoder = worn()
+    made = gated(encoder, encoder, faint())
+    save_encoder(made, tmp_path / "e.safetensors")
+    again = load_encoder(tmp_path / "e.safetensors")
+    assert again.card.architecture == {"method": "gated", "base": dict(encoder.card.architecture)}
+    assert same_state(again.module, made.module)
+    x = stamped(faint(4))
+    assert torch.equal(again(x), made(x))
+    assert "gated" in str(inspect_file(tmp_path / "e.safetensors"))
+
+
+@torch.no_grad()
+def test_folded_and_for_inference():
+    encoder = worn()
+    made, x = gated(encoder, encoder, faint()), stamped(faint(6))
+    assert type(folded(made)).__name__ == "Folded"
+    torch.testing.assert_close(folded(made)(x), made(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(inference_copy(made)(x), made(x), rtol=1e-4, atol=1e-5)
+    rounded = inference_copy(made, torch.bfloat16)(x)
+    assert float((rounded - made(x)).norm() / made(x).norm()) < 0.05
+
+
+def test_gradients_reach_images_and_weights_around_the_alarm():
+    encoder = worn()
+    made = gated(encoder, encoder, faint())
+    x = faint(4).requires_grad_()
+    made(x).square().sum().backward()
+    assert float(x.grad.abs().sum()) > 0
+    names = {name for name, p in made.module.named_parameters()}
+    assert names == {name for name, p in encoder.module.named_parameters()}
+    assert all(p.grad is not None for p in made.module.parameters())
+
+
+def test_fine_tuning_leaves_the_alarm_as_it_was():
+    data = blobs(64, size=32)
+    encoder = worn()
+    made = gated(encoder, encoder, data.inputs[torch.arange(64)].float() / 255)
+    assert len(blocks_of(made.module)) == len(blocks_of(encoder.module))
+    tuned = FineTune(epochs=2, batch_size=16, lr=0.1).fit(made, data, Seed(0)).encoder
+    before, after = made.module.state_dict(), tuned.module.state_dict()
+    watched = [name for name in before if ".alarm." in name or ".gate." in name]
+    assert len(watched) > 6
+    assert all(torch.equal(before[name], after[name]) for name in watched)
+    assert not torch.equal(before["backbone.layer3.conv1.weight"], after["backbone.layer3.conv1.weight"])
+
+
+def test_an_encoder_that_is_gated_keeps_its_first_alarm():
+    first, second, x = worn(seed=0), worn(seed=1), faint()
+    once = gated(first, second, x)
+    twice = gated(once, once, x)
+    assert same_state(twice.module, once.module)
+    assert twice.card.architecture == once.card.architecture
+
+
+def test_no_gate_fits_into_an_encoder_that_keeps_its_projector():
+    encoder = Projected(base=SMALL).build(Seed(0))
+    with pytest.raises(DataError, match=r"'projected'.*it goes into fast, resnet18, resnet50"):
+        gated(encoder, encoder, faint())
