@@ -24,7 +24,7 @@ from cupel.errors import CupelError
 from cupel.experiment import Experiment, cells, read_experiment, run_cells
 from cupel.pretrain import OBJECTIVES, SimCLR, Supervised, pretrain_encoder
 from cupel.probe import PROBES
-from cupel.purify import CBD, PURIFIERS
+from cupel.purify import CBD, PURIFIERS, Cupellation
 from cupel.records import Record
 from cupel.report import write_report
 from cupel.scan import FILTERS, SCANNERS, Decree, PScan
@@ -53,6 +53,7 @@ __all__ = [
     "Blended",
     "CorruptEncoder",
     "CupelError",
+    "Cupellation",
     "Dataset",
     "Decree",
     "Experiment",

@@ -151,7 +151,7 @@ def purify(
     images: ImageSource,
     out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="The purified encoder.")],
     arch: Arch = None,
-    purifier: Annotated[str, typer.Option(metavar="NAME", help="Purifier.")] = "cbd",
+    purifier: Annotated[str, typer.Option(metavar="NAME", help="Purifier.")] = "cupellation",
     evidence: Annotated[Path | None, typer.Option(metavar="DIR", help="A scan's --out; default: scan first.")] = None,
     labels: Annotated[
         str | None, typer.Option(metavar="SRC", help="Labelled images, for a purifier that needs them.")

@@ -22,7 +22,7 @@ from cupel.errors import DataError
 from cupel.seeds import Seed
 from cupel.settings import OneOf, settings
 
-__all__ = ["Gate", "Gated", "gated", "outlying", "trunk_of"]
+__all__ = ["Gate", "Gated", "gated", "outlying", "takes_gate", "trunk_of"]
 
 
 @settings
@@ -211,6 +211,11 @@ def _joined(encoder: ImageEncoder, alarm: nn.Sequential, gate: Gate) -> ImageEnc
     return ImageEncoder(encoder.module.eval(), dataclasses.replace(encoder.card, architecture=built))
 
 
+def takes_gate(encoder: object) -> bool:
+    """Whether it is of one of the bases, with a gate or without."""
+    return isinstance(encoder, ImageEncoder) and encoder.card.architecture.get("method") in (*BASES, "gated")
+
+
 @torch.no_grad()
 def gated(
     encoder: ImageEncoder, watch: ImageEncoder, images: Float[Tensor, "n 3 h w"], limit: float = 0.999,
@@ -235,9 +240,9 @@ def gated(
         >>> bool((made(x) - encoder(x)).abs().max() < 0.5)
         True
     """
-    method = encoder.card.architecture.get("method")
-    if method not in (*BASES, "gated"):
-        raise DataError("encoder", f"a gate cannot be put into '{method}'", f"it goes into {', '.join(BASES)}")
+    if not takes_gate(encoder):
+        what = encoder.card.architecture.get("method")
+        raise DataError("encoder", f"a gate cannot be put into '{what}'", f"it goes into {', '.join(BASES)}")
     alarm, gate = trunk_of(watch), Gate(_features(encoder)).to(images.device)
     made = _joined(encoder.copy(), alarm, gate)
     network, shift, scale = made.module.backbone, made.module.shift, made.module.scale

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cupel.augment import SimCLRAugment
 from cupel.encoders import ImageEncoder
-from cupel.encoders.gated import gated
+from cupel.encoders.gated import gated, takes_gate
 from cupel.errors import DataError, SettingsError
 from cupel.folding import folded, inference_copy
 from cupel.inference import features
@@ -98,10 +98,21 @@ class Cupellation(UnlabelledPurifier):
         if self.alpha[0] > self.alpha[1]:
             raise SettingsError("Cupellation.alpha", f"{self.alpha} is the wrong way round", "smallest first")
 
+    def work(self, job: Job) -> tuple[Encoder, History]:
+        """As all purifiers without labels; but a batch must be full, for the gate learns from few images what few show.
+
+        Raises:
+            DataError: also fewer images than a batch.
+        """
+        self.steps_per_epoch(len(job.clean), job.clean.name)
+        return super().work(job)
+
     def tune(self, job: Job, given: Encoder) -> tuple[Encoder, History]:
         """Undo blends, then put the gate in; the history has `loss`, `pull`, `anchor` and `feature_std` per step."""
-        if self.gate and not isinstance(job.encoder, ImageEncoder):
-            raise DataError("encoder", f"no gate fits into a {type(job.encoder).__name__}", "set `gate: false`")
+        if self.gate and not takes_gate(job.encoder):
+            raise DataError(
+                "encoder", "is of a kind that no gate fits into", "set `gate: false`: patches may then stay"
+            )
         learner = BlendLearner(self, job.encoder, given, job.clean, job.seed)
         history = self.trained(learner, job.clean, job.seed, job.checkpoint)
         if not (self.gate and isinstance(job.encoder, ImageEncoder) and isinstance(given, ImageEncoder)):

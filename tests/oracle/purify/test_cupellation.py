@@ -134,12 +134,14 @@ def test_what_it_refuses() -> None:
     with pytest.raises(SettingsError, match="wrong way round"):
         Cupellation(alpha=(0.3, 0.1))
     toy = planted(40, 0.9, seed=0, n=32)
-    with pytest.raises(DataError, match=r"no gate fits into a PlantedEncoder.*gate: false"):
+    with pytest.raises(DataError, match=r"no gate fits into.*gate: false"):
         TINY.purify(toy.encoder, toy.images, Seed(0))
     made = dataclasses.replace(TINY, gate=False).purify(toy.encoder, toy.images, Seed(0))
     assert features(made, toy.images).isfinite().all()
+    with pytest.raises(DataError, match="one batch needs 8"):
+        TINY.purify(small_encoder(), DATA.subset(torch.arange(7)), Seed(0))
     kept = Projected().build(Seed(0))
-    with pytest.raises(DataError, match="gate cannot be put into 'projected'"):
+    with pytest.raises(DataError, match="no gate fits into"):
         TINY.purify(kept, blobs(32, size=32), Seed(0))
 
 
