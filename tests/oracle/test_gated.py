@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cupel.checkpoint.inspect import inspect_file
+from cupel.cost import counting
 from cupel.encoders import Fast, Gated, Projected, ResNet18, ResNet50
 from cupel.encoders.blocks import blocks_of
 from cupel.encoders.gated import Gate, gated, outlying, trunk_of
@@ -15,6 +16,7 @@ from cupel.encoders.storage import load_encoder, save_encoder
 from cupel.errors import DataError
 from cupel.folding import folded, inference_copy
 from cupel.probe.finetune import FineTune
+from cupel.purify.unlabelled import fresh_copy
 from cupel.seeds import Seed
 from fingerprints import same_state
 from toys import blobs
@@ -37,13 +39,17 @@ def worn(base: object = SMALL, seed: int = 0):
 
 
 def faint(n: int = 128, side: int = 32) -> Tensor:
-    """Images of little contrast."""
-    return 0.45 + 0.1 * torch.rand(n, 3, side, side, generator=Seed(1).torch())
+    """Images of little contrast, uint8."""
+    return torch.randint(115, 141, (n, 3, side, side), generator=Seed(1).torch()).to(torch.uint8)
+
+
+def shown(images: Tensor) -> Tensor:
+    return images.float() / 255
 
 
 def stamped(x: Tensor) -> Tensor:
     x = x.clone()
-    x[:, :, 20:28, 20:28] = 1.0
+    x[:, :, 20:28, 20:28] = 255
     return x
 
 
@@ -97,10 +103,10 @@ def test_what_is_left_out_against_loops():
 def test_statistics_of_clean_images_in_closed_form():
     gate, draw = Gate(2), Seed(0).torch()
     a = torch.randn(200, 2, 8, 8, generator=draw, dtype=torch.float64) * torch.tensor([3.0, 0.5]).view(1, 2, 1, 1) + 7
-    own = torch.rand(200, 2, 8, 8, generator=draw)
+    own = torch.rand(200, 2, generator=draw)
     gate.learn(a.float(), own, limit=0.99, low=0.9, floor=0.0, trimmed=0.0)
     torch.testing.assert_close(gate.mean, a.mean(dim=(0, 2, 3)).float())
-    torch.testing.assert_close(gate.fill, own.mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(gate.fill, own.mean(dim=0))
     inverse = torch.linalg.inv(torch.cov(a.movedim(1, -1).flatten(0, 2).T)).float()
     torch.testing.assert_close(gate.white @ gate.white.T, inverse, rtol=1e-3, atol=1e-4)
     # squared distances of two normal variables are χ² with two degrees of freedom: quantile −2 ln(1 − q)
@@ -111,24 +117,30 @@ def test_statistics_of_clean_images_in_closed_form():
 def test_a_direction_that_never_varies_has_a_floor():
     gate = Gate(2)
     a = torch.randn(50, 2, 4, 4, generator=Seed(0).torch()) * torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
-    gate.learn(a, a, limit=0.999, low=0.95, floor=0.01, trimmed=0.0)
-    assert bool(gate.white.isfinite().all())
-    assert float(gate.white.abs().max()) == pytest.approx(10.0, rel=0.05)  # 1 / √0.01
+    gate.learn(a, a.mean(dim=(2, 3)), limit=0.999, low=0.95, floor=0.01, trimmed=0.0)
+    variance = float(a[:, 0].var())
+    wanted = sorted([1 / (1.01 * variance) ** 0.5, 1 / (0.01 * variance) ** 0.5])
+    torch.testing.assert_close(gate.white.norm(dim=0).sort().values, torch.tensor(wanted), rtol=1e-3, atol=1e-3)
 
 
-def test_images_with_a_trigger_among_them_do_not_move_the_limit_when_trimmed():
+def test_images_with_a_trigger_among_them_do_no_harm_when_trimmed():
     draw = Seed(0).torch()
     a = torch.randn(200, 3, 8, 8, generator=draw)
     mixed = a.clone()
     mixed[:10, :, :3, :3] += 25.0
-    limits = {}
+    gates = {}
     for trimmed in (0.0, 0.1):
-        gate = Gate(3)
-        gate.learn(mixed, mixed, limit=0.999, low=0.95, floor=0.01, trimmed=trimmed)
-        limits[trimmed] = float(gate.limit)
+        gate = gates[trimmed] = Gate(3)
+        gate.learn(mixed, mixed.mean(dim=(2, 3)), limit=0.999, low=0.95, floor=0.01, trimmed=trimmed)
         found = outlying(mixed, gate.mean, gate.white, gate.limit, gate.low)[:10, 0, :3, :3]
         assert bool((found == 1).all()) == (trimmed > 0)
-    assert limits[0.0] > 5 * limits[0.1]
+    assert float(gates[0.0].limit) > 5 * float(gates[0.1].limit)
+    clean = Gate(3)  # what it would have learned without them
+    clean.learn(a[10:], a[10:].mean(dim=(2, 3)), limit=0.999, low=0.95, floor=0.01, trimmed=10 / 190)
+    found = gates[0.1]
+    torch.testing.assert_close(found.white @ found.white.T, clean.white @ clean.white.T, rtol=0.05, atol=0.05)
+    for name in ("mean", "fill", "limit", "low"):
+        torch.testing.assert_close(found.get_buffer(name), clean.get_buffer(name), rtol=0.05, atol=0.05)
 
 
 @torch.no_grad()
@@ -138,7 +150,7 @@ def test_what_no_clean_image_shows_is_left_out_and_only_there():
     gate = made.module.backbone.gate
 
     def left_out(images: Tensor) -> Tensor:
-        inside = torch.addcmul(made.module.shift, images, made.module.scale)
+        inside = torch.addcmul(made.module.shift, shown(images), made.module.scale)
         return outlying(made.module.backbone.alarm(inside), gate.mean, gate.white, gate.limit, gate.low)[:, 0]
 
     assert float(left_out(x).mean()) < 0.01
@@ -146,8 +158,9 @@ def test_what_no_clean_image_shows_is_left_out_and_only_there():
     assert hit.shape == (8, 8)
     assert float(hit[4:, 4:].mean()) > 0.3
     assert float(hit[:3].max()) < 0.05
-    moved = (made(stamped(x)) - made(x)).norm(dim=1).mean()
-    assert float(moved) < 0.5 * float((encoder(stamped(x)) - encoder(x)).norm(dim=1).mean())
+    hit, clean = shown(stamped(x)), shown(x)
+    moved = (made(hit) - made(clean)).norm(dim=1).mean()
+    assert float(moved) < 0.5 * float((encoder(hit) - encoder(clean)).norm(dim=1).mean())
 
 
 def test_round_trip(tmp_path):
@@ -157,15 +170,17 @@ def test_round_trip(tmp_path):
     again = load_encoder(tmp_path / "e.safetensors")
     assert again.card.architecture == {"method": "gated", "base": dict(encoder.card.architecture)}
     assert same_state(again.module, made.module)
-    x = stamped(faint(4))
+    x = shown(stamped(faint(4)))
     assert torch.equal(again(x), made(x))
+    save_encoder(Gated(base=SMALL).build(Seed(0)), tmp_path / "open.safetensors")
+    assert same_state(load_encoder(tmp_path / "open.safetensors").module, Gated(base=SMALL).build(Seed(0)).module)
     assert "gated" in str(inspect_file(tmp_path / "e.safetensors"))
 
 
 @torch.no_grad()
 def test_folded_and_for_inference():
     encoder = worn()
-    made, x = gated(encoder, encoder, faint()), stamped(faint(6))
+    made, x = gated(encoder, encoder, faint()), shown(stamped(faint(6)))
     assert type(folded(made)).__name__ == "Folded"
     torch.testing.assert_close(folded(made)(x), made(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(inference_copy(made)(x), made(x), rtol=1e-4, atol=1e-5)
@@ -176,7 +191,7 @@ def test_folded_and_for_inference():
 def test_gradients_reach_images_and_weights_around_the_alarm():
     encoder = worn()
     made = gated(encoder, encoder, faint())
-    x = faint(4).requires_grad_()
+    x = shown(faint(4)).requires_grad_()
     made(x).square().sum().backward()
     assert float(x.grad.abs().sum()) > 0
     names = {name for name, p in made.module.named_parameters()}
@@ -187,7 +202,7 @@ def test_gradients_reach_images_and_weights_around_the_alarm():
 def test_fine_tuning_leaves_the_alarm_as_it_was():
     data = blobs(64, size=32)
     encoder = worn()
-    made = gated(encoder, encoder, data.inputs[torch.arange(64)].float() / 255)
+    made = gated(encoder, encoder, data.inputs[torch.arange(64)])
     assert len(blocks_of(made.module)) == len(blocks_of(encoder.module))
     tuned = FineTune(epochs=2, batch_size=16, lr=0.1).fit(made, data, Seed(0)).encoder
     before, after = made.module.state_dict(), tuned.module.state_dict()
@@ -197,12 +212,33 @@ def test_fine_tuning_leaves_the_alarm_as_it_was():
     assert not torch.equal(before["backbone.layer3.conv1.weight"], after["backbone.layer3.conv1.weight"])
 
 
-def test_an_encoder_that_is_gated_keeps_its_first_alarm():
-    first, second, x = worn(seed=0), worn(seed=1), faint()
-    once = gated(first, second, x)
-    twice = gated(once, once, x)
-    assert same_state(twice.module, once.module)
-    assert twice.card.architecture == once.card.architecture
+@torch.no_grad()
+def test_the_alarm_of_an_encoder_that_came_with_one_is_not_trusted():
+    plain, x = worn(), faint()
+    blind = gated(plain, plain, x)
+    for value in blind.module.backbone.alarm.buffers():
+        value.zero_()
+    again = gated(blind, blind, x)
+    assert same_state(again.module, gated(plain, plain, x).module)
+    assert again.card.architecture == blind.card.architecture
+
+
+def test_a_student_from_scratch_keeps_the_alarm():
+    encoder = worn()
+    made = gated(encoder, encoder, faint())
+    fresh = fresh_copy(made, Seed(7)).module.state_dict()
+    for name, value in made.module.state_dict().items():
+        if ".alarm." in name or ".gate." in name:
+            assert torch.equal(fresh[name], value)
+    assert not torch.equal(fresh["backbone.conv1.weight"], made.module.state_dict()["backbone.conv1.weight"])
+
+
+def test_images_are_counted_once():
+    encoder = worn()
+    made, x = gated(encoder, encoder, faint()), shown(faint(8))
+    with counting() as cost:
+        made(x.requires_grad_())
+    assert (cost.forward, cost.backward) == (8, 8)
 
 
 def test_no_gate_fits_into_an_encoder_that_keeps_its_projector():

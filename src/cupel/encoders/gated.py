@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -23,6 +23,9 @@ from cupel.seeds import Seed
 from cupel.settings import OneOf, settings
 
 __all__ = ["Gate", "Gated", "gated", "outlying", "takes_gate", "trunk_of"]
+
+_OPEN = torch.finfo(torch.float32).max  # finite, so that it can be stored
+_MOST = 2**27  # numbers that the alarm's features may hold at once: half a GiB
 
 
 @settings
@@ -79,8 +82,8 @@ class Gate(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         for name, value in {
-            "mean": torch.zeros(width), "white": torch.eye(width), "limit": torch.tensor(torch.inf),
-            "low": torch.tensor(torch.inf), "fill": torch.zeros(width),
+            "mean": torch.zeros(width), "white": torch.eye(width), "limit": torch.tensor(_OPEN),
+            "low": torch.tensor(_OPEN), "fill": torch.zeros(width),
         }.items():  # fmt: skip
             self.register_buffer(name, value)
 
@@ -90,32 +93,32 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def learn(
-        self, alarm: Float[Tensor, "n width h w"], own: Float[Tensor, "n width h w"], limit: float, low: float,
+        self, alarm: Float[Tensor, "n width h w"], own: Float[Tensor, "n width"], limit: float, low: float,
         floor: float, trimmed: float,
     ) -> None:  # fmt: skip
         """Take the statistics of clean images.
 
         Args:
             alarm: The alarm's features.
-            own: The encoder's.
+            own: Means over space of the encoder's.
             limit, low: Shares of clean locations that lie within.
-            floor: Least variance, as a share of the largest along a principal axis.
+            floor: Added to each variance along a principal axis, as a share of the largest.
             trimmed: Share of the images that are left out, those with the farthest location: some may bear a trigger.
         """
+        count = max(2, round((1 - trimmed) * len(alarm)))
         kept = torch.arange(len(alarm), device=alarm.device)
-        for keep in (1.0, 1.0 - trimmed):
+        for _ in range(2):  # the second time without what the first found to lie far
             rows = alarm[kept].movedim(1, -1).flatten(0, 2).float()
             self.mean.copy_(rows.mean(dim=0))
-            spread, axes = torch.linalg.eigh(torch.cov((rows - self.mean).T).double())
+            spread, axes = torch.linalg.eigh(torch.cov(rows.T).double())
             least = floor * float(spread.max()) + 1e-12
             self.white.copy_((axes / spread.clamp(min=0).add(least).sqrt()).float())
             far = _far(alarm, self.mean, self.white)
-            order = far.flatten(1).amax(dim=1).argsort()
-            kept = order[: max(2, round(keep * len(order)))]
-        inside = far[order[: max(2, round((1.0 - trimmed) * len(order)))]].flatten().sort().values
+            kept = far.flatten(1).amax(dim=1).argsort()[:count]
+        inside = far[kept].flatten().sort().values
         for name, share in (("limit", limit), ("low", low)):
             getattr(self, name).copy_(inside[min(len(inside) - 1, int(share * len(inside)))])
-        self.fill.copy_(own.float().mean(dim=(0, 2, 3)))
+        self.fill.copy_(own[kept].float().mean(dim=0))
 
 
 def _far(alarm: Tensor, mean: Tensor, white: Tensor) -> Tensor:
@@ -130,7 +133,7 @@ def outlying(alarm: Tensor, mean: Tensor, white: Tensor, limit: Tensor, low: Ten
 
     Those beyond `limit`, and up to two steps around them those beyond `low`: a trigger also touches its surroundings.
     """
-    far = _far(alarm.detach(), mean, white)
+    far = _far(alarm, mean, white)
     bad, weak = (far > limit).float(), (far > low).float()
     for _ in range(2):
         bad = torch.maximum(bad, F.max_pool2d(bad, 3, 1, 1) * weak)
@@ -153,7 +156,7 @@ class _Watching:
         h = x
         for part in before:
             h = part(h)
-        h = self.gate(h, self.alarm(x))
+        h = self.gate(h, self.alarm(x.detach()))
         for part in after:
             h = part(h)
         out: Tensor = h.mean(dim=(2, 3))
@@ -180,9 +183,10 @@ def _features(encoder: ImageEncoder) -> int:
 
 
 def trunk_of(encoder: ImageEncoder) -> nn.Sequential:
-    """A frozen copy of the blocks up to the gate: BatchNorms multiplied in, weights as buffers."""
-    if isinstance(encoder.module.backbone, _Watching):
-        return copy.deepcopy(encoder.module.backbone.alarm)
+    """A frozen copy of the blocks up to the gate: BatchNorms multiplied in, weights as buffers.
+
+    Of an encoder that came gated, too, the network's own blocks are taken: its alarm may have been made blind.
+    """
     trunk = nn.Sequential(*(copy.deepcopy(part) for part in _halves(encoder.module.backbone)[0])).eval()
     for parent in list(trunk.modules()):
         conv = ""
@@ -211,22 +215,22 @@ def _joined(encoder: ImageEncoder, alarm: nn.Sequential, gate: Gate) -> ImageEnc
     return ImageEncoder(encoder.module.eval(), dataclasses.replace(encoder.card, architecture=built))
 
 
-def takes_gate(encoder: object) -> bool:
+def takes_gate(encoder: object) -> TypeGuard[ImageEncoder]:
     """Whether it is of one of the bases, with a gate or without."""
     return isinstance(encoder, ImageEncoder) and encoder.card.architecture.get("method") in (*BASES, "gated")
 
 
 @torch.no_grad()
 def gated(
-    encoder: ImageEncoder, watch: ImageEncoder, images: Float[Tensor, "n 3 h w"], limit: float = 0.999,
-    low: float = 0.95, floor: float = 0.01, trimmed: float = 0.0, at_once: int = 256,
+    encoder: ImageEncoder, watch: ImageEncoder, images: UInt8[Tensor, "n 3 h w"], *, limit: float = 1.0,
+    low: float = 0.95, floor: float = 0.01, trimmed: float = 0.06, at_once: int = 256,
 ) -> ImageEncoder:  # fmt: skip
     """A copy of an encoder that is watched by another one of the same architecture.
 
     Args:
         encoder: `fast`, `resnet18`, `resnet50`, or gated ones of these.
-        watch: Whose blocks become the alarm; where it is gated, its alarm does.
-        images: Clean, in [0, 1], on the device of both.
+        watch: Whose blocks become the alarm.
+        images: Clean, in random order; no more are used than fit into half a GiB of features.
         limit, low, floor, trimmed: See `Gate.learn`.
         at_once: Images per forward pass.
 
@@ -235,24 +239,26 @@ def gated(
 
     Example:
         >>> encoder = Fast(width=4, input_size=16).build(Seed(0))
-        >>> x = torch.rand(64, 3, 16, 16)
-        >>> made = gated(encoder, encoder, x)
-        >>> bool((made(x) - encoder(x)).abs().max() < 0.5)
-        True
+        >>> images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
+        >>> gated(encoder, encoder, images).card.architecture["method"]
+        'gated'
     """
     if not takes_gate(encoder):
         what = encoder.card.architecture.get("method")
         raise DataError("encoder", f"a gate cannot be put into '{what}'", f"it goes into {', '.join(BASES)}")
-    alarm, gate = trunk_of(watch), Gate(_features(encoder)).to(images.device)
+    device = encoder.module.shift.device
+    alarm, gate = trunk_of(watch).to(device), Gate(_features(encoder)).to(device)
     made = _joined(encoder.copy(), alarm, gate)
     network, shift, scale = made.module.backbone, made.module.shift, made.module.scale
     seen: list[Tensor] = []
     own: list[Tensor] = []
     for some in images.split(at_once):
-        x = torch.addcmul(shift, some, scale)
+        x = torch.addcmul(shift, some.to(device).float() / 255, scale)
         seen.append(alarm(x))
         for part in _halves(network)[0]:
             x = part(x)
-        own.append(x)
+        own.append(x.mean(dim=(2, 3)))
+        if sum(one.numel() for one in seen) >= _MOST:
+            break
     gate.learn(torch.cat(seen), torch.cat(own), limit, low, floor, trimmed)
     return made

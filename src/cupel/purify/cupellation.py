@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cupel.augment import SimCLRAugment
-from cupel.encoders import ImageEncoder
 from cupel.encoders.gated import gated, takes_gate
 from cupel.errors import DataError, SettingsError
 from cupel.folding import folded, inference_copy
@@ -28,7 +27,7 @@ from cupel.types import Dataset
 
 __all__ = ["Cupellation"]
 
-_GATE_IMAGES = 2500
+_GATE_IMAGES = 2500  # random ones: folders are often sorted by class
 
 
 @settings
@@ -36,9 +35,9 @@ class Cupellation(UnlabelledPurifier):
     """Purification without labels or trigger: one part for triggers all over the image, one for local ones; our own.
 
     First, universal blends x̃ = (1 − α) x + α p are undone: L = λ_pull pull(f(x̃), f₀(x)) + λ_anchor pull(f(v), f₀(v))
-    with f₀ the encoder as given, v images and augmented views of them, and pull the cosine distance between embeddings
-    standardised per dimension. Each pattern p starts as noise and ascends on L by the sign of its gradient, which the
-    same backward pass gives; one is drawn anew now and then.
+    with f₀ the encoder as given, v half of the images and an augmented view of each, and pull the cosine distance
+    between embeddings standardised per dimension (see `EmbeddingScale`). Each pattern p starts as noise and ascends on
+    L by the sign of its gradient, which the same backward pass gives; one is drawn anew now and then.
 
     Then the encoder gets a gate (`Gated`). The part of a backdoored network that answers to a small trigger gives
     features there that no clean image gives anywhere; the encoder as given, frozen, tells where, and those locations
@@ -51,10 +50,10 @@ class Cupellation(UnlabelledPurifier):
         renew: Steps after which one pattern is drawn anew, in turn.
         augment: How views are made.
         lambda_pull, lambda_anchor: λ ≥ 0.
-        gate: Whether there is one; without it the architecture stays.
+        gate: Whether there is one; without it the architecture stays. Without `steps` there is none either.
         limit: Share of clean locations within which a location may lie.
         low: The same for locations next to one that lies beyond `limit`.
-        floor: Least variance of a feature direction, as a share of the largest.
+        floor: Added to the variance of each principal direction, as a share of the largest.
         trimmed: Share of images, those with the farthest locations, that the gate does not learn from: a few of those
             given may bear a trigger.
 
@@ -104,7 +103,8 @@ class Cupellation(UnlabelledPurifier):
         Raises:
             DataError: also fewer images than a batch.
         """
-        self.steps_per_epoch(len(job.clean), job.clean.name)
+        if self.gate:
+            self.steps_per_epoch(len(job.clean), job.clean.name)
         return super().work(job)
 
     def tune(self, job: Job, given: Encoder) -> tuple[Encoder, History]:
@@ -115,11 +115,13 @@ class Cupellation(UnlabelledPurifier):
             )
         learner = BlendLearner(self, job.encoder, given, job.clean, job.seed)
         history = self.trained(learner, job.clean, job.seed, job.checkpoint)
-        if not (self.gate and isinstance(job.encoder, ImageEncoder) and isinstance(given, ImageEncoder)):
+        if not (self.gate and takes_gate(job.encoder) and takes_gate(given)):
             return job.encoder, history
-        some = torch.arange(min(len(job.clean), _GATE_IMAGES))
-        x = shown(job.clean.inputs[some].to(learner.scale.mean.device))
-        made = gated(job.encoder, given, x, self.limit, self.low, self.floor, self.trimmed)
+        rows = torch.randperm(len(job.clean), generator=job.seed.child("gate").torch())[:_GATE_IMAGES]
+        made = gated(
+            job.encoder, given, torch.as_tensor(job.clean.inputs[rows]), limit=self.limit, low=self.low,
+            floor=self.floor, trimmed=self.trimmed,
+        )  # fmt: skip
         return made, history
 
 
@@ -156,8 +158,8 @@ class BlendLearner:
         s, n, bank = self.settings, len(batch.inputs), self.bank
         x, own = shown(batch.inputs), self.targets[batch.rows.to(self.targets.device)]
         done = int(bank.steps)
-        if done % s.renew == s.renew - 1:
-            bank.renew((done // s.renew) % s.patterns, batch.seed.child("renewed"))
+        if done and done % s.renew == 0:
+            bank.renew((done // s.renew - 1) % s.patterns, batch.seed.child("renewed"))
         draw = batch.seed.child("blends").torch()
         alpha = s.alpha[0] + (s.alpha[1] - s.alpha[0]) * torch.rand(n, 1, 1, 1, generator=draw)
         which = torch.randint(s.patterns, (n,), generator=draw)

@@ -88,7 +88,7 @@ def fresh_copy(model: Encoder, seed: Seed) -> Encoder:
         torch.default_generator.manual_seed(seed.value)
         for part in made.module.modules():
             reset = getattr(part, "reset_parameters", None)
-            if callable(reset):
+            if callable(reset) and any(True for _ in part.parameters(recurse=False)):
                 reset()
     made.module.to(device)
     return made

@@ -110,12 +110,14 @@ def together(each: Sequence[tuple[str, Verdict]]) -> Verdict:
 def reference_for(scanner: Any, card: Card) -> Reference | None:
     """The calibration that ships for encoders of this architecture and recipe; None = the published thresholds count.
 
-    The recipe is what the card claims. A card can lie: the verdict names the calibration that was used.
+    A gated encoder counts as one of its base, and the recipe is what the card claims. A card can lie: the verdict names
+    the calibration that was used.
     """
     recipe = card.recipe.get("id")
     if not isinstance(recipe, str):
         return None
-    return shipped_reference(scanner.name, str(card.architecture.get("method")), recipe)
+    built = card.architecture if card.architecture.get("method") != "gated" else card.architecture["base"]
+    return shipped_reference(scanner.name, str(built.get("method")), recipe)
 
 
 def evidence_arrays(verdict: Verdict, under: str = "inverted") -> dict[str, np.ndarray[Any, Any]]:

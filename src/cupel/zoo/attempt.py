@@ -65,17 +65,21 @@ def worked(
     Raises:
         Interrupted: what was done is in the store.
     """
-    done = stored = left = 0
+    done = stored = left = tried = 0
     failed: list[Record] = []
     for i, member in enumerate(members, 1):
-        task = task_of(member)
-        if task is None or (task.missing and limit is not None and done + len(failed) >= limit):
+        task, path = task_of(member), folder / f"{member.name}.json"
+        if task is None or (task.missing and limit is not None and tried >= limit):
             left += 1
             continue
         if task.missing:
+            tried += 1
             say(f"[{i}/{len(members)}] {member.name}: {len(task.missing)} of {len(task.steps)} steps to do")
         found = task.run()
-        found.write(folder / f"{member.name}.json")
+        if not task.missing and path.is_file() and (before := Record.read(path)).status == found.status == "done":
+            kept = ("cupel", "device", "threads", "seconds", "steps")  # how it was made, which was not now
+            found = dataclasses.replace(found, **{name: getattr(before, name) for name in kept})
+        found.write(path)
         if found.status != "done":
             say(f"  failed: {found.reason}")
         if found.status != "done" or found.notes:

@@ -12,7 +12,8 @@ from cupel.errors import DataError
 from cupel.files import read_json
 from cupel.records import Record, mean_interval
 from cupel.zoo.entries import EFFECTIVE, MANIFEST
-from cupel.zoo.purifying import FOLDER, GIVEN, TWIN
+from cupel.zoo.parts import GIVEN, TWIN
+from cupel.zoo.purifying import FOLDER
 
 __all__ = ["Cure", "Summary", "Values", "read_cures", "summaries"]
 

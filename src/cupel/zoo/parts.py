@@ -6,15 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from cupel.errors import SettingsError
 from cupel.protocols import Purifier, Scanner
 from cupel.purify import PURIFIERS
 from cupel.retuning import Retuning
 from cupel.scan import SCANNERS
 from cupel.settings import OneOf, PositiveInt, settings
 
-__all__ = ["HALVES", "Family", "Half", "Purification", "Sample"]
+__all__ = ["GIVEN", "HALVES", "TWIN", "Family", "Half", "Purification", "Sample"]
 
 Half = Literal["calibration", "test"]
+GIVEN, TWIN = "given", "twin"
+"""Names under which records of purifiers hold the encoder as given and its clean twin."""
 HALVES: tuple[Half, ...] = ("calibration", "test")
 
 
@@ -68,3 +71,7 @@ class Purification:
     labelled: PositiveInt = 1000
     head_seeds: PositiveInt = 3
     retuning: Retuning = Retuning()
+
+    def __post_init__(self) -> None:
+        for name in sorted({GIVEN, TWIN} & set(self.methods)):
+            raise SettingsError("purify.methods", f"'{name}' is the row of an encoder itself", "choose another name")

@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from cupel.errors import UsageError
-from cupel.experiment.plan import Step, plan
+from cupel.experiment.plan import Step, file_content, plan
 from cupel.experiment.run import Runner
 from cupel.experiment.store import Store
 from cupel.records import Metric, Record
+from cupel.settings import canonical
 from cupel.zoo.attempt import Built, Task, attempted, described, worked
 from cupel.zoo.file import Member, Zoo, trigger_of
 from cupel.zoo.looks import look_of
 from cupel.zoo.making import claim
-from cupel.zoo.parts import Purification
+from cupel.zoo.parts import GIVEN, TWIN, Purification
 
 __all__ = ["FOLDER", "purify_members", "purify_steps"]
 
 FOLDER = "purified"
 """Folder of the records, inside the zoo's."""
-GIVEN, TWIN = "given", "twin"
 
 
 def purify_steps(member: Member, zoo: Zoo) -> tuple[Step, ...]:
@@ -111,7 +111,12 @@ def _collected(zoo: Zoo, member: Member, steps: tuple[Step, ...], runner: Runner
             own["companions"] = made.values["companions"]
     trigger = trigger_of(member)
     look = None if trigger is None else look_of(trigger, member.experiment.upstream.encoder.input_size)
-    note = {**described(zoo, member), "area": None if look is None else look.area, "purified": found}
+    note = {
+        **described(zoo, member),
+        "area": None if look is None else look.area,
+        "purified": found,
+        "purify": canonical(_purification(zoo), file_content),
+    }
     return dataclasses.replace(base, extra={"zoo": note})
 
 
