@@ -76,8 +76,13 @@ def test_a_zoo_is_built_in_parts_and_again(tmp_path, source, capsys):
     whole = build(zoo, out)
     assert (whole.done, whole.stored, whole.left) == (3, 1, 0)  # one was scanned before
     assert pretrained(out) == 2
+    made = {path.name: Record.read(path) for path in (out / "cells").iterdir()}
     again = build(zoo, out)
     assert (again.done, again.stored, again.left) == (0, 4, 0)
+    for name, before in made.items():  # how it was made stays as it was
+        after = Record.read(out / "cells" / name)
+        assert (after.steps, after.seconds) == (before.steps, before.seconds)
+        assert len(after.steps) > 1
     found = read_entries([out])
     assert {one.half for one in found.entries} == {"calibration", "test"}
     assert all(one.scans.keys() == set(found.scanners) for one in found.entries)

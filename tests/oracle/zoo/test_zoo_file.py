@@ -129,6 +129,7 @@ WHITE = {"method": "patch", "size": 4, "color": [255, 255, 255], "corner": "top_
         ({"scan": ["decree", "decree"]}, "names one scanner twice"),
         ({"families__patch__hrd": True}, "unknown key 'hrd'; did you mean 'hard'"),
         ({"base__purify": ["cbd"]}, "scanners or purifiers"),
+        ({"purify": {"methods": {"twin": "cbd"}, "evidence": []}}, "'twin' is the row of an encoder itself"),
         ({"base__sed": 3}, "unknown key 'sed'"),
     ],
 )
