@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cupel.folding import FoldedConv
+
 __all__ = ["Cost", "counting", "peak_memory_mib"]
 
 
@@ -62,8 +64,10 @@ def counting() -> Iterator[Cost]:
     cost = Cost()
 
     def seen(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        conv = module.conv if isinstance(module, FoldedConv) else module
         # the alarm of a gated encoder sees the same images again, and has no parameters
-        if isinstance(module, nn.Conv2d) and module.in_channels == 3 and any(True for _ in module.parameters()):
+        first = isinstance(conv, nn.Conv2d) and conv.in_channels == 3 and any(True for _ in conv.parameters())
+        if first:
             cost.forward += len(inputs[0])
             cost.backward += len(inputs[0]) if output.requires_grad else 0
 
