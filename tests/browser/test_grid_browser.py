@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from chromium import CHROMIUM, needs_browser
 from cupel.records import Metric
 from cupel.report import write_report
 from reported import fake_record
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-_NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next((found for found in map(shutil.which, _NAMES) if found), None)
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(_NAMES)} is here")]
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from chromium import CHROMIUM, needs_browser
 from cupel.report import write_report
 from reported import fake_arrays, fake_record
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-_NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next((found for found in map(shutil.which, _NAMES) if found), None)
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(_NAMES)} is here")]
+pytestmark = needs_browser
 HOSTILE = (
     "<script>document.title='run'</script><img src=//evil.example/x onerror=\"document.title='run'\">\u202e"
     + "W" * 5000

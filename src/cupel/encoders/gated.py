@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from typing import Annotated, Any, ClassVar, TypeGuard, cast
+from typing import Any, ClassVar, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from cupel.encoders.blocks import blocks_of
-from cupel.encoders.fast import Fast
 from cupel.encoders.image import ImageEncoder
-from cupel.encoders.projected import BASES, Base
+from cupel.encoders.projected import BASES, OnBase
 from cupel.errors import DataError
 from cupel.seeds import Seed
-from cupel.settings import OneOf, settings
+from cupel.settings import settings
 
 __all__ = ["Gate", "Gated", "gated", "outlying", "takes_gate", "trunk_of"]
 
@@ -29,7 +28,7 @@ _MOST = 2**27  # numbers that the alarm's features may hold at once: half a GiB
 
 
 @settings
-class Gated:
+class Gated(OnBase):
     """Another encoder that watches its own features, as the purifier `cupellation` leaves one behind.
 
     The features before the last block pass a gate. A frozen copy of an encoder's blocks up to there, the alarm, tells
@@ -49,13 +48,7 @@ class Gated:
         (16, 'gated')
     """
 
-    base: Annotated[Base, OneOf(BASES)] = Fast()
     revision: ClassVar[int] = 1
-
-    @property
-    def input_size(self) -> int:
-        """Side of the images in pixels: that of the base."""
-        return self.base.input_size
 
     def build(self, seed: Seed) -> ImageEncoder:
         """A freshly initialised encoder whose gate is open; without it, it is what `base.build(seed)` gives."""

@@ -18,7 +18,7 @@ from cupel.errors import UsageError
 from cupel.seeds import Seed
 from cupel.settings import OneOf, parse, registry, settings
 
-__all__ = ["BASES", "Projected", "base_encoder", "kept_layers", "middle_layer"]
+__all__ = ["BASES", "OnBase", "Projected", "base_encoder", "kept_layers", "middle_layer"]
 
 BASES: Mapping[str, type] = registry("encoders", {"fast": Fast, "resnet18": ResNet18, "resnet50": ResNet50})
 """Architectures that projector layers can be put on."""
@@ -66,7 +66,23 @@ def _with_projector(cls: type) -> type[nn.Module]:
 
 
 @settings
-class Projected:
+class OnBase:
+    """An encoder made of another one.
+
+    Args:
+        base: Architecture below.
+    """
+
+    base: Annotated[Base, OneOf(BASES)] = Fast()
+
+    @property
+    def input_size(self) -> int:
+        """Side of the images in pixels: that of the base."""
+        return self.base.input_size
+
+
+@settings
+class Projected(OnBase):
     """Another encoder with the first layers of a SimCLR v2 projector behind it; they give the embedding.
 
     After pre-training with `simclr_v2`, which then adds the remaining layers alone, probes and fine-tuning start at
@@ -89,14 +105,8 @@ class Projected:
         code; the BatchNorm behind takes the scale off again.
     """
 
-    base: Annotated[Base, OneOf(BASES)] = Fast()
     layers: Annotated[int, Field(ge=0)] = 1
     revision: ClassVar[int] = 1
-
-    @property
-    def input_size(self) -> int:
-        """Side of the images in pixels: that of the base."""
-        return self.base.input_size
 
     def build(self, seed: Seed) -> ImageEncoder:
         """A freshly initialised encoder; its base is what `base.build(seed)` gives."""

@@ -115,8 +115,10 @@ class Cupellation(UnlabelledPurifier):
             )
         learner = BlendLearner(self, job.encoder, given, job.clean, job.seed)
         history = self.trained(learner, job.clean, job.seed, job.checkpoint)
-        if not (self.gate and takes_gate(job.encoder) and takes_gate(given)):
+        if not self.gate:
             return job.encoder, history
+        assert takes_gate(job.encoder)
+        assert takes_gate(given)
         rows = torch.randperm(len(job.clean), generator=job.seed.child("gate").torch())[:_GATE_IMAGES]
         made = gated(
             job.encoder, given, torch.as_tensor(job.clean.inputs[rows]), limit=self.limit, low=self.low,

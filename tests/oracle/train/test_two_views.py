@@ -157,7 +157,7 @@ def test_compiling_leaves_names_and_copies_alone(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow  # 40 s, most of it the compiler
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no compiler")  # torch.compile's
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_losses_are_those_without() -> None:
     said = Said()
