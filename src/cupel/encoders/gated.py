@@ -43,6 +43,7 @@ class Gated(OnBase):
         2021, arXiv:2005.10884, and Wang et al., MM-BD, IEEE S&P 2024, arXiv:2205.06900, which bounds activations.
 
     Example:
+        >>> from cupel.encoders import Fast
         >>> encoder = Gated(base=Fast(width=4)).build(Seed(0))
         >>> encoder.width, encoder.card.architecture["method"]
         (16, 'gated')
@@ -231,6 +232,7 @@ def gated(
         DataError: an encoder of another kind.
 
     Example:
+        >>> from cupel.encoders import Fast
         >>> encoder = Fast(width=4, input_size=16).build(Seed(0))
         >>> images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
         >>> gated(encoder, encoder, images).card.architecture["method"]
