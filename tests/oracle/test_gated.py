@@ -101,12 +101,11 @@ def test_what_is_left_out_against_loops():
 
 
 def test_statistics_of_clean_images_in_closed_form():
-    gate, draw = Gate(2), Seed(0).torch()
+    gate, draw = Gate(2, 8, 8), Seed(0).torch()
     a = torch.randn(200, 2, 8, 8, generator=draw, dtype=torch.float64) * torch.tensor([3.0, 0.5]).view(1, 2, 1, 1) + 7
-    own = torch.rand(200, 2, generator=draw)
-    gate.learn(a.float(), own, limit=0.99, low=0.9, floor=0.0, trimmed=0.0)
+    kept = gate.learn(a.float(), limit=0.99, low=0.9, floor=0.0, trimmed=0.0)
+    assert sorted(kept.tolist()) == list(range(200))
     torch.testing.assert_close(gate.mean, a.mean(dim=(0, 2, 3)).float())
-    torch.testing.assert_close(gate.fill, own.mean(dim=0))
     inverse = torch.linalg.inv(torch.cov(a.movedim(1, -1).flatten(0, 2).T)).float()
     torch.testing.assert_close(gate.white @ gate.white.T, inverse, rtol=1e-3, atol=1e-4)
     # squared distances of two normal variables are χ² with two degrees of freedom: quantile −2 ln(1 − q)
@@ -115,9 +114,9 @@ def test_statistics_of_clean_images_in_closed_form():
 
 
 def test_a_direction_that_never_varies_has_a_floor():
-    gate = Gate(2)
+    gate = Gate(2, 4, 4)
     a = torch.randn(50, 2, 4, 4, generator=Seed(0).torch()) * torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
-    gate.learn(a, a.mean(dim=(2, 3)), limit=0.999, low=0.95, floor=0.01, trimmed=0.0)
+    gate.learn(a, limit=0.999, low=0.95, floor=0.01, trimmed=0.0)
     variance = float(a[:, 0].var())
     wanted = sorted([1 / (1.01 * variance) ** 0.5, 1 / (0.01 * variance) ** 0.5])
     torch.testing.assert_close(gate.white.norm(dim=0).sort().values, torch.tensor(wanted), rtol=1e-3, atol=1e-3)
@@ -130,16 +129,17 @@ def test_images_with_a_trigger_among_them_do_no_harm_when_trimmed():
     mixed[:10, :, :3, :3] += 25.0
     gates = {}
     for trimmed in (0.0, 0.1):
-        gate = gates[trimmed] = Gate(3)
-        gate.learn(mixed, mixed.mean(dim=(2, 3)), limit=0.999, low=0.95, floor=0.01, trimmed=trimmed)
+        gate = gates[trimmed] = Gate(3, 8, 8)
+        kept = gate.learn(mixed, limit=0.999, low=0.95, floor=0.01, trimmed=trimmed)
+        assert bool((kept < 10).any()) == (trimmed == 0)
         found = outlying(mixed, gate.mean, gate.white, gate.limit, gate.low)[:10, 0, :3, :3]
         assert bool((found == 1).all()) == (trimmed > 0)
     assert float(gates[0.0].limit) > 5 * float(gates[0.1].limit)
-    clean = Gate(3)  # what it would have learned without them
-    clean.learn(a[10:], a[10:].mean(dim=(2, 3)), limit=0.999, low=0.95, floor=0.01, trimmed=10 / 190)
+    clean = Gate(3, 8, 8)  # what it would have learned without them
+    clean.learn(a[10:], limit=0.999, low=0.95, floor=0.01, trimmed=10 / 190)
     found = gates[0.1]
     torch.testing.assert_close(found.white @ found.white.T, clean.white @ clean.white.T, rtol=0.05, atol=0.05)
-    for name in ("mean", "fill", "limit", "low"):
+    for name in ("mean", "limit", "low"):
         torch.testing.assert_close(found.get_buffer(name), clean.get_buffer(name), rtol=0.05, atol=0.05)
 
 
@@ -161,6 +161,27 @@ def test_what_no_clean_image_shows_is_left_out_and_only_there():
     hit, clean = shown(stamped(x)), shown(x)
     moved = (made(hit) - made(clean)).norm(dim=1).mean()
     assert float(moved) < 0.5 * float((encoder(hit) - encoder(clean)).norm(dim=1).mean())
+
+
+@torch.no_grad()
+def test_what_is_left_out_gets_what_clean_images_have_there():
+    encoder, x = worn(), faint()
+    mixed = torch.cat([x, stamped(x[:24])])
+
+    def before_the_gate(images: Tensor) -> Tensor:
+        h = torch.addcmul(encoder.module.shift, shown(images), encoder.module.scale)
+        for name, part in encoder.module.backbone.named_children():
+            if name == "layer3":
+                break
+            h = part(h)
+        return h
+
+    clean = before_the_gate(x).mean(dim=0)
+    fill = gated(encoder, encoder, x, trimmed=0.0, at_once=7).module.backbone.gate.fill
+    torch.testing.assert_close(fill, clean, rtol=1e-4, atol=1e-5)
+    trimmed = gated(encoder, encoder, mixed, trimmed=0.2).module.backbone.gate.fill
+    off = (before_the_gate(mixed).mean(dim=0) - clean).abs().max()
+    assert float((trimmed - clean).abs().max()) < 0.25 * float(off)
 
 
 def test_round_trip(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -32,9 +32,9 @@ class Gated(OnBase):
     """Another encoder that watches its own features, as the purifier `cupellation` leaves one behind.
 
     The features before the last block pass a gate. A frozen copy of an encoder's blocks up to there, the alarm, tells
-    per location how far it lies from those of clean images, and what lies too far gets the mean of clean images
-    instead. The alarm's weights are buffers: no training of the encoder changes them. Names of the network's own
-    weights are those of the base; `alarm.*` and `gate.*` come on top.
+    per location how far it lies from those of clean images, and what lies too far gets what clean images have there in
+    the mean instead. The alarm's weights are buffers: no training of the encoder changes them. Names of the network's
+    own weights are those of the base; `alarm.*` and `gate.*` come on top.
 
     Args:
         base: Architecture below; not a `gated` one.
@@ -49,12 +49,13 @@ class Gated(OnBase):
         (16, 'gated')
     """
 
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
 
     def build(self, seed: Seed) -> ImageEncoder:
         """A freshly initialised encoder whose gate is open; without it, it is what `base.build(seed)` gives."""
         encoder = self.base.build(seed)
-        return _joined(encoder, trunk_of(encoder), Gate(_features(encoder)))
+        alarm = trunk_of(encoder)
+        return _joined(encoder, alarm, _open(alarm, encoder.input_size))
 
 
 class Gate(nn.Module):
@@ -62,9 +63,11 @@ class Gate(nn.Module):
 
     Args:
         width: Features per location.
+        height, length: Locations.
 
     Buffers: `mean` and `white` of the alarm's features (distance = ‖(a − mean) · white‖²), `limit` that no clean
-    location surpasses but few, `low` for locations beside such a one, and `fill`, the encoder's own mean features.
+    location surpasses but few, `low` for locations beside such a one, and `fill`, the encoder's own features of clean
+    images, mean per location.
     """
 
     mean: Tensor
@@ -73,11 +76,11 @@ class Gate(nn.Module):
     low: Tensor
     fill: Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, height: int, length: int) -> None:
         super().__init__()
         for name, value in {
             "mean": torch.zeros(width), "white": torch.eye(width), "limit": torch.tensor(_OPEN),
-            "low": torch.tensor(_OPEN), "fill": torch.zeros(width),
+            "low": torch.tensor(_OPEN), "fill": torch.zeros(width, height, length),
         }.items():  # fmt: skip
             self.register_buffer(name, value)
 
@@ -87,17 +90,18 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def learn(
-        self, alarm: Float[Tensor, "n width h w"], own: Float[Tensor, "n width"], limit: float, low: float,
-        floor: float, trimmed: float,
-    ) -> None:  # fmt: skip
-        """Take the statistics of clean images.
+        self, alarm: Float[Tensor, "n width h w"], limit: float, low: float, floor: float, trimmed: float
+    ) -> Int[Tensor, " kept"]:
+        """Take the statistics of clean images, all but `fill`.
 
         Args:
             alarm: The alarm's features.
-            own: Means over space of the encoder's.
             limit, low: Shares of clean locations that lie within.
             floor: Added to each variance along a principal axis, as a share of the largest.
             trimmed: Share of the images that are left out, those with the farthest location: some may bear a trigger.
+
+        Returns:
+            Rows of the images that were not left out.
         """
         count = max(2, round((1 - trimmed) * len(alarm)))
         kept = torch.arange(len(alarm), device=alarm.device)
@@ -112,7 +116,7 @@ class Gate(nn.Module):
         inside = far[kept].flatten().sort().values
         for name, share in (("limit", limit), ("low", low)):
             getattr(self, name).copy_(inside[min(len(inside) - 1, int(share * len(inside)))])
-        self.fill.copy_(own[kept].float().mean(dim=0))
+        return kept
 
 
 def _far(alarm: Tensor, mean: Tensor, white: Tensor) -> Tensor:
@@ -136,7 +140,7 @@ def outlying(alarm: Tensor, mean: Tensor, white: Tensor, limit: Tensor, low: Ten
 
 @fx.wrap
 def _filled(h: Tensor, bad: Tensor, fill: Tensor) -> Tensor:
-    return torch.where(bad.bool(), fill.to(h.dtype).view(1, -1, 1, 1), h)
+    return torch.where(bad.bool(), fill.to(h.dtype), h)
 
 
 class _Watching:
@@ -170,10 +174,11 @@ def _halves(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     return parts[:cut], [part for part in parts[cut:] if part is blocks[-1]]
 
 
-def _features(encoder: ImageEncoder) -> int:
-    """Features per location before the last block."""
-    first = next(part for part in blocks_of(encoder.module)[-1].modules() if isinstance(part, _ConvNd))
-    return first.in_channels
+@torch.no_grad()
+def _open(alarm: nn.Sequential, size: int) -> Gate:
+    """A gate that lets everything pass, for images of a size."""
+    like = next(alarm.buffers())
+    return Gate(*alarm(like.new_zeros(1, 3, size, size)).shape[1:]).to(like.device)
 
 
 def trunk_of(encoder: ImageEncoder) -> nn.Sequential:
@@ -242,18 +247,21 @@ def gated(
         what = encoder.card.architecture.get("method")
         raise DataError("encoder", f"a gate cannot be put into '{what}'", f"it goes into {', '.join(BASES)}")
     device = encoder.module.shift.device
-    alarm, gate = trunk_of(watch).to(device), Gate(_features(encoder)).to(device)
+    alarm = trunk_of(watch).to(device)
+    gate = _open(alarm, encoder.input_size)
     made = _joined(encoder.copy(), alarm, gate)
     network, shift, scale = made.module.backbone, made.module.shift, made.module.scale
+
+    def normalised(some: Tensor) -> Tensor:
+        return torch.addcmul(shift, some.to(device).float() / 255, scale)
+
     seen: list[Tensor] = []
-    own: list[Tensor] = []
     for some in images.split(at_once):
-        x = torch.addcmul(shift, some.to(device).float() / 255, scale)
-        seen.append(alarm(x))
-        for part in _halves(network)[0]:
-            x = part(x)
-        own.append(x.mean(dim=(2, 3)))
+        seen.append(alarm(normalised(some)))
         if sum(one.numel() for one in seen) >= _MOST:
             break
-    gate.learn(torch.cat(seen), torch.cat(own), limit, low, floor, trimmed)
+    kept = gate.learn(torch.cat(seen), limit, low, floor, trimmed).to(images.device)
+    before = nn.Sequential(*_halves(network)[0])
+    own = [before(normalised(some)).double().sum(dim=0) for some in images[kept].split(at_once)]
+    gate.fill.copy_(torch.stack(own).sum(dim=0) / len(kept))
     return made

@@ -88,7 +88,7 @@ class Cupellation(UnlabelledPurifier):
     lr: Positive = 0.05
 
     title: ClassVar[str] = "Cupellation"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"smoke": {"steps": 120}, "standard": {}, "paper": {}}
 
     def __post_init__(self) -> None:

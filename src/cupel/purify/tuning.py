@@ -18,7 +18,7 @@ from cupel.purify.batch_norm import BatchNorm
 from cupel.purify.classifier_learner import ClassifierLearner, share_right
 from cupel.purify.labelled import LabelledPurifier
 from cupel.seeds import Seed
-from cupel.settings import PositiveInt, settings
+from cupel.settings import Positive, PositiveInt, settings
 from cupel.train import History
 from cupel.types import Dataset
 
@@ -93,9 +93,8 @@ class Tuning(LabelledPurifier):
         "paper": {},
     }
 
-    @property
-    def shift_weight(self) -> float:
-        """α of the shift term; 0 in all but FST."""
+    def shift_weight(self, square: float) -> float:
+        """α of the shift term, for an original head with ‖W‖² = `square`; 0 in all but FST."""
         return 0.0
 
     def tune(self, model: FrozenProbe, clean: Dataset, seed: Seed, checkpoint: Path | None) -> History:
@@ -173,30 +172,38 @@ class FST(Tuning):
     min over θ, W of CE(φ_θ(x) Wᵀ + b, y) + α ⟨W, W_ori⟩, subject to ‖W‖_F = ‖W_ori‖_F =: C
 
     The term is bounded below by −α C², and how strong it is goes with C²: where there are many classes, α must be
-    small (0.001 for 100 or 200 of them, 0.1 for 43).
+    small (0.001 for 100 or 200 of them, 0.1 for 43). Heads of self-supervised encoders may be many times as long as
+    the published ones; left as it is, α then ruins the encoder.
 
     Args:
         alpha: α ≥ 0.
+        head_square: The C² that α is meant for: α is multiplied by `head_square` / C². None = α as it is.
         project: Keep ‖W‖_F = C; without it and with α > 0 the term falls without bound.
 
     See `Tuning` for the other settings.
 
     Source: Min, Qin, Shen, Cheng, Towards Stable Backdoor Purification through Feature Shift Tuning, NeurIPS 2023,
     arXiv:2310.01875.
-    Deviations: those of `Tuning`.
+    Deviations: those of `Tuning`; and `head_square`, which all budgets but `paper` set to 2.83: in a published run at
+    α = 0.1 the term ended at −0.283.
     """
 
     alpha: NonNegative = 0.2
+    head_square: Positive | None = None
     project: bool = True
 
     title: ClassVar[str] = "FST"
     revision: ClassVar[int] = 1
     fresh_head: ClassVar[bool] = True
+    budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "smoke": {**Tuning.budgets["smoke"], "head_square": 2.83},
+        "standard": {**Tuning.budgets["standard"], "head_square": 2.83},
+        "paper": {},
+    }
 
-    @property
-    def shift_weight(self) -> float:
-        """α."""
-        return self.alpha
+    def shift_weight(self, square: float) -> float:
+        """α, measured by `head_square`."""
+        return self.alpha if self.head_square is None else self.alpha * self.head_square / max(square, 1e-12)
 
 
 class TuningLearner(ClassifierLearner):
@@ -215,6 +222,7 @@ class TuningLearner(ClassifierLearner):
         self.head, self.tuning = model.head, settings
         self.original = self.head.weight.detach().clone()
         self.norm = torch.linalg.vector_norm(self.original)
+        self.weight = settings.shift_weight(float(self.norm) ** 2)
         if settings.fresh_head:
             redraw(self.head, seed.child("head"))
 
@@ -222,7 +230,7 @@ class TuningLearner(ClassifierLearner):
         """The sum, its two parts, cos(W, W_ori) and the accuracy on the batch."""
         logits, y = self.classifier(self.shown(batch)), self.wanted(batch)
         entropy = F.cross_entropy(logits, y)
-        shift = self.tuning.shift_weight * feature_shift(self.head.weight, self.original)
+        shift = self.weight * feature_shift(self.head.weight, self.original)
         with torch.no_grad():
             cosine = F.cosine_similarity(self.head.weight.flatten(), self.original.flatten(), dim=0)
         parts = {"cross_entropy": entropy.detach(), "shift": shift.detach(), "head_cosine": cosine}

@@ -46,11 +46,15 @@ def test_the_length_of_the_head_is_kept_after_every_step() -> None:
         assert abs(float(linear(model).weight.detach().norm()) - norm) / norm < 1e-5
 
 
-def test_one_step_of_fst_against_a_literal_one() -> None:
+@pytest.mark.parametrize("head_square", [None, 2.0])
+def test_one_step_of_fst_against_a_literal_one(head_square: float | None) -> None:
     """Equation 3 in NumPy, for the head: the embeddings are those before the step."""
-    model, alpha, lr, rows = classifier(), 0.3, 0.05, torch.arange(48)
+    model, given, lr, rows = classifier(), 0.3, 0.05, torch.arange(48)
     original = linear(model).weight.detach().double().numpy()
-    settings = FST(steps=1, batch_size=48, augment=None, batch_norm="frozen", alpha=alpha, lr=lr)
+    alpha = given if head_square is None else given * head_square / (original**2).sum()
+    settings = FST(
+        steps=1, batch_size=48, augment=None, batch_norm="frozen", alpha=given, head_square=head_square, lr=lr
+    )
     fresh = classifier()
     redraw(linear(fresh), Seed(5).child("head"))
     W, b = (p.detach().double().numpy() for p in (linear(fresh).weight, linear(fresh).bias))
