@@ -134,3 +134,19 @@ def test_fewer_images_than_a_batch_are_refused(
     assert purify(folder, tmp_path / "out.safetensors", images=str(tmp_path / "few.npz")) == 2
     assert "one batch needs 48" in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["cupellation", "bcu", "cbd"])
+def test_images_that_are_all_alike_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick_scan: None, name: str
+) -> None:
+    """A camera with its cap on: no result, no half of a file, and the given encoder as it was."""
+    before = (folder / "encoder.safetensors").read_bytes()
+    np.savez(tmp_path / "dark.npz", x=np.zeros((64, 16, 16, 3), np.uint8))
+    more = ["--purifier", name, "--set", "steps=3"]
+    assert purify(folder, tmp_path / "out.safetensors", *more, images=str(tmp_path / "dark.npz")) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cupel: ")]
+    assert len(said) == 1
+    assert "all look alike" in said[0] or "not finite" in said[0]
+    assert [one.name for one in tmp_path.iterdir()] == ["dark.npz"]
+    assert (folder / "encoder.safetensors").read_bytes() == before

@@ -58,12 +58,15 @@ class Collected:
         self._scans: dict[str, dict[str, Any]] = {}
         self._defences: dict[str, Any] = {}
         self._references: dict[str, Any] = {}
+        self._reach: dict[str, Any] = {}
         self._manifest: dict[str, Any] | None = None
 
     def add(self, step: Step, value: Artefact) -> None:
         """Take what one step made."""
         if step.stage in ("score", "certify", "retune", "scan"):
             getattr(self, f"_{step.stage}")(step, value)
+        elif step.stage == "reach" and value.values:
+            self._reach[_which(step)] = dict(value.values)
         elif step.stage in ("filter", "purify"):
             self._defences[step.name] = dict(value.values)
         elif step.stage == "references":
@@ -76,6 +79,8 @@ class Collected:
             self._manifest = dict(value.encoder.card.manifest or {})
         if step.stage == "describe":
             self.arrays |= value.arrays
+        elif step.stage == "purify" and _which(step).startswith("clean"):
+            pass  # its curves bear the names of those of the attacked encoder's purification
         elif step.stage != "pretrain" or step.name in ("pretrain clean", "pretrain backdoored"):
             curves = {k: v for k, v in value.arrays.items() if k.startswith("curve/") and "clean" not in k}
             self.arrays |= curves
@@ -123,6 +128,8 @@ class Collected:
             extra["scans"] = self._scans
         if self._defences:
             extra["defences"] = self._defences
+        if self._reach:
+            extra["reach"] = self._reach
         if experiment.paper is not None:
             extra["paper"] = {"source": experiment.paper.source, **experiment.paper.results}
             extra["deviations"] = list(experiment.paper.deviations)
@@ -136,6 +143,8 @@ class Collected:
         notes = []
         if self._companions["splits"]["shadow_in_pretraining"] == 1.0:
             notes.append("The attacker's shadow images are pre-training images.")
+        if (share := self.experiment.defender.triggered) > 0:
+            notes.append(f"{share:.1%} of the defender's unlabelled images bear the attack's trigger.")
         notes += [mistaken(task, one) for task, one in self._references.items() if others(one)]
         if (now := torch.get_num_threads()) != base.threads:
             notes.append(

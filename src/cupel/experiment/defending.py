@@ -11,6 +11,7 @@ from torch import nn
 
 from cupel.certify import measure
 from cupel.cost import counting
+from cupel.errors import DataError
 from cupel.experiment.attacking import goals_of
 from cupel.experiment.plan import Step
 from cupel.experiment.store import Artefact
@@ -21,7 +22,7 @@ from cupel.types import Dataset, Goal, Poisoned
 from cupel.verdicts import Reference
 from cupel.vet import evidence_arrays, scan_evidence
 
-__all__ = ["certify", "filtered", "own_head", "purify", "reference", "retune", "scan"]
+__all__ = ["certify", "filtered", "own_head", "purify", "reference", "retune", "scan", "stamped"]
 
 
 def reference(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
@@ -30,6 +31,26 @@ def reference(step: Step, inputs: Sequence[Value], context: Context) -> Artefact
     base = [one.encoder for one in inputs[1:]]
     made = scanner.train_reference(*base, _shown(scanner, inputs[0]), step.seed, checkpoint=context.checkpoint)
     return Artefact(made.values(), dict(made.arrays))
+
+
+def stamped(step: Step, inputs: Sequence[Value], context: Context) -> Dataset:
+    """The defender's images, a share of them with the attack's triggers, which take turns."""
+    data: Dataset = inputs[0]
+    triggers = [goal.trigger for goal in goals_of(inputs[1]) if goal.trigger is not None]
+    if not triggers:
+        raise DataError(data.name, "the attack has no trigger that images could bear", "leave out `triggered`")
+    rows = torch.randperm(len(data), generator=step.seed.child("rows").torch())[: _borne(step, data)]
+    raw = data.inputs[torch.arange(len(data))].clone()
+    for i, trigger in enumerate(triggers):
+        own = rows[i :: len(triggers)]
+        if len(own):
+            raw[own] = torch.as_tensor(triggered(data.subset(own), trigger, step.seed.child("trigger", i)).inputs)
+    return data.with_inputs(raw, f"{data.name}, some of them triggered")
+
+
+def _borne(step: Step, data: Dataset) -> int:
+    """How many of the images bear a trigger."""
+    return round(step.method["share"] * len(data)) if step.stage == "stamp" else 0
 
 
 def scan(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
@@ -79,6 +100,8 @@ def purify(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
     # the manifest stays: this encoder was backdoored once, and nothing proves that it no longer is
     source = {**made.card.source, "purified_with": getattr(purifier, "title", type(purifier).__name__)}
     values = {"evidence": len(evidence), "images": len(data), **cost.to_json()}
+    if borne := _borne(step.inputs[1], data):
+        values["triggered_images"] = borne
     kept = made.copy(source=source, manifest=encoder.card.manifest)
     return Artefact(values, {**arrays, **curves("purify", history)}, kept)
 

@@ -43,6 +43,7 @@ def describe(
     references: Array | None,
     probe: Any,
     seed: Seed,
+    stand_ins: Mapping[str, Mapping[str, Array]] | None = None,
 ) -> dict[str, Array]:
     """Arrays that the report shows: images with and without trigger, and a 2-D map of the embeddings per encoder.
 
@@ -53,10 +54,11 @@ def describe(
         references: uint8 `[r, 3, height, width]`.
         probe: Gives the predictions shown under the images; a linear one does where it trains an encoder of its own.
         seed: Choice of the images shown.
+        stand_ins: By encoder, embeddings of stand-ins for triggered images: `stand_in/ball` and `stand_in/window`.
 
     Returns:
-        `images/…`, `trigger/…`, `reference`, `map/<encoder>/points` and `/group` (−1 reference, −2 triggered, else
-        class).
+        `images/…`, `trigger/…`, `reference`, `map/<encoder>/points` and `/group` (−1 reference, −2 triggered, −3 and
+        −4 stand-ins of a ball and of a window, else class).
     """
     rows = torch.randperm(len(test), generator=seed.child("rows").torch())
     mapped = test.subset(rows[:_MAPPED])
@@ -96,6 +98,10 @@ def describe(
         if references is not None:
             parts.append(features(encoder, torch.from_numpy(np.array(references))))
             groups.append(torch.full((len(references),), -1))
+        for kind, group in (("ball", -3), ("window", -4)):
+            if (found := (stand_ins or {}).get(name, {}).get(f"stand_in/{kind}")) is not None:
+                parts.append(torch.from_numpy(np.array(found[:_MAPPED_TRIGGERED])).to(h.device))
+                groups.append(torch.full((len(parts[-1]),), group))
         points = (F.normalize(torch.cat(parts).double(), dim=1) - mean) @ axes
         arrays[f"map/{name}/points"] = points.float().numpy()
         arrays[f"map/{name}/group"] = torch.cat(groups).numpy()

@@ -38,13 +38,17 @@ def plan(experiment: Experiment, *, calibrated: bool = True) -> tuple[Step, ...]
     made = _Plan(experiment, calibrated)
     made.pretrain()
     made.attack()
+    made.stamp()
     for which in list(made.encoders):
         made.scan(which)
     if "backdoored" in made.encoders:
         made.filter()
         made.purify()
+    if experiment.purify_clean:
+        made.purify_clean()
     made.certify()
     made.score()
+    made.reach()
     made.describe()
     return (made.check, *[s for s in made.steps if s is not made.check and s.stage != "data"])
 
@@ -58,9 +62,10 @@ class _Plan(Steps):
 
     Attributes:
         steps: So far, each after its inputs.
-        encoders: By the name they have in the record: clean, backdoored, filtered…, purified….
+        encoders: By the name they have in the record: clean, backdoored, filtered…, purified…, clean-purified….
         verdicts: Scans of each of them.
         goals: The step that says what the attacker wants, where there is an attack.
+        reached: By encoder, where stand-ins for triggered images come to lie.
     """
 
     def __init__(self, experiment: Experiment, calibrated: bool) -> None:
@@ -69,6 +74,7 @@ class _Plan(Steps):
         self.encoders: dict[str, Step] = {}
         self.verdicts: dict[str, list[Step]] = {}
         self.goals: Step | None = None
+        self.reached: dict[str, Step] = {}
         self.tasks = task_names(experiment)
         self._check_names()
         self.aims = [] if experiment.attack is None else aims_of(experiment, self.tasks)
@@ -150,6 +156,15 @@ class _Plan(Steps):
         self.add("judge", f"judge references {task}", {"task": task}, step, clean, train)
         return step
 
+    def stamp(self) -> None:
+        """The attack's trigger on some of the defender's images."""
+        share, where = self.experiment.defender.triggered, f"{self.experiment.name}.defender.triggered"
+        if not share:
+            return
+        if self.goals is None:
+            raise SettingsError(where, "there is no attack whose trigger images could bear", "leave it out")
+        self.defender = self.add("stamp", "some of the defender's images", {"share": share}, self.defender, self.goals)
+
     def scan(self, which: str) -> None:
         """What each scanner says of an encoder."""
         labels = [scanner_label(one) for one in self.experiment.scan]
@@ -212,11 +227,22 @@ class _Plan(Steps):
             self.encoders[which] = self.add("purify", f"purify {name}", purifier, given, images, *rest)
             self.scan(which)
 
+    def purify_clean(self) -> None:
+        """What each purifier makes of the clean twin, with the draws it has on the attacked encoder."""
+        for i, purifier in enumerate(self.experiment.purify):
+            which, name = _numbered("clean-purified", i), method_name(purifier, PURIFIERS)
+            images, rest = self.defender, self.verdicts.get("clean", [])
+            if "labels" in purifier.needs:
+                images = self.upstream if "train_set" in purifier.needs else self._labelled()
+                rest = [self._fitted_on(self.experiment.downstream[0], which), *rest]
+            inputs, part = [self.encoders["clean"], images, *rest], f"purify {name}"
+            self.encoders[which] = self.add("purify", f"{part}: {which}", purifier, *inputs, part=part)
+
     def _fitted_on(self, d: Downstream, which: str) -> Step:
         """The labelled images that the classifier on an encoder is fitted on."""
         if not d.on_training_data:
             return self.train[d.data]
-        poisoned = self.goals is not None and self.goals.stage == "poison" and which != "clean"
+        poisoned = self.goals is not None and self.goals.stage == "poison" and not which.startswith("clean")
         return self.goals if poisoned and self.goals is not None else self.upstream
 
     def certify(self) -> None:
@@ -250,13 +276,23 @@ class _Plan(Steps):
                     probing["distortions"] = d.distortions
                 goals = [self.goals] if self.goals else []
                 inputs = [encoder, self._fitted_on(d, which), self.test[d.data], *goals]
-                if encoder.stage == "purify":
-                    inputs += [self.encoders["backdoored"], self.encoders["clean"]]
+                if encoder.stage == "purify" and goals:
+                    inputs += [encoder.inputs[0], self.encoders["clean"]]
                 self.add("score", f"score {task}: {which}", probing, *inputs, part=f"score {task}")
                 if d.retuning is not None and goals and "found" not in probing and which != "backdoored":
                     again = {"task": task, "target_class": d.target_class, "retuning": d.retuning}
                     inputs = [encoder, self.train[d.data], self.test[d.data], *goals]
                     self.add("retune", f"retune {task}: {which}", again, *inputs, part=f"retune {task}")
+
+    def reach(self) -> None:
+        """Stand-ins for triggered images on the clean, the attacked and each purified encoder, in the first task."""
+        if self.experiment.reach is None or self.goals is None:
+            return
+        d, method = self.experiment.downstream[0], {"task": self.tasks[0], "reach": self.experiment.reach}
+        for which, encoder in self.encoders.items():
+            if which in ("clean", "backdoored") or which.startswith("purified"):
+                inputs = [encoder, self.test[d.data], self.goals, *self.verdicts.get(which, [])]
+                self.reached[which] = self.add("reach", f"reach: {which}", method, *inputs, part="reach")
 
     def describe(self) -> None:
         """Pictures and maps of the first task."""
@@ -266,7 +302,9 @@ class _Plan(Steps):
         roles = {"encoders": list(self.encoders), "verdicts": [w for w, one in self.verdicts.items() for _ in one]}
         extra = [self.goals] if self.goals else []
         method = {"task": self.tasks[0], "probe": first.probe, **roles}
-        self.add("describe", "describe", method, *shown, *extra)
+        if self.reached:
+            method["reached"] = list(self.reached)
+        self.add("describe", "describe", method, *shown, *extra, *self.reached.values())
 
 
 def _numbered(name: str, i: int) -> str:

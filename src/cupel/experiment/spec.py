@@ -20,9 +20,10 @@ from cupel.pretrain import OBJECTIVES, SimCLR
 from cupel.probe import PROBES, Linear
 from cupel.protocols import Certifier, DataAttack, EncoderAttack, Filter, Objective, Probe, Purifier, Scanner, Trigger
 from cupel.purify import PURIFIERS
+from cupel.purify.reach import Reach
 from cupel.retuning import Retuning
 from cupel.scan import FILTERS, SCANNERS
-from cupel.settings import DataFile, OneOf, PositiveInt, parse, settings
+from cupel.settings import DataFile, Fraction, OneOf, PositiveInt, parse, settings
 from cupel.triggers import TRIGGERS
 
 __all__ = [
@@ -142,11 +143,14 @@ class Defender:
         data: Source; None = images drawn from the pre-training set.
         size: How many.
         labelled: How many labelled ones; None = the whole train split.
+        triggered: Share of the unlabelled images that bear the attack's trigger, unknown to the defender; drawn by
+            seed. Scanners and purifiers are handed them as they are.
     """
 
     data: str | None = None
     size: PositiveInt = 1000
     labelled: PositiveInt | None = None
+    triggered: Fraction = 0.0
 
 
 @settings
@@ -171,7 +175,9 @@ class Experiment:
     Args:
         filter: Clean a poisoned training set; encoders are trained anew on what is left.
         scan, purify: Of encoders. Purifiers are handed what the scans of the attacked encoder inverted.
+        purify_clean: Purify the clean twin as well, with what the scans of it inverted; it is not scanned again.
         certify: Classifiers of the first task whose answer no patch of some size can change.
+        reach: How near stand-ins for triggered images come to really triggered ones; None = not measured.
     """
 
     name: str
@@ -184,7 +190,9 @@ class Experiment:
     scan: tuple[Annotated[Scanner, OneOf(SCANNERS)], ...] = ()
     filter: tuple[Annotated[Filter, OneOf(FILTERS)], ...] = ()
     purify: tuple[Annotated[Purifier, OneOf(PURIFIERS)], ...] = ()
+    purify_clean: bool = False
     certify: tuple[Annotated[Certifier, OneOf(CERTIFIERS)], ...] = ()
+    reach: Reach | None = None
     paper: Paper | None = None
 
 

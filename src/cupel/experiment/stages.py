@@ -12,11 +12,12 @@ from cupel import metrics
 from cupel.attack import ATTACKS
 from cupel.encoders import ImageEncoder
 from cupel.experiment.attacking import goals_of, implant, judge, poison, references
-from cupel.experiment.defending import certify, filtered, own_head, purify, reference, retune, scan
+from cupel.experiment.defending import certify, filtered, own_head, purify, reference, retune, scan, stamped
 from cupel.experiment.describe import describe
 from cupel.experiment.images import check_splits, images_of
 from cupel.experiment.landing import score_found
 from cupel.experiment.plan import Step
+from cupel.experiment.reaching import measure
 from cupel.experiment.scoring import compared, score, score_own, score_swapped
 from cupel.experiment.store import Artefact
 from cupel.experiment.values import Context, Value, curves
@@ -109,9 +110,9 @@ def _score(step: Step, inputs: Sequence[Value], context: Context) -> Artefact:
     hit = None if trigger is None else triggered(test, trigger, stamp)
     others = {}
     for one in m.get("distortions", ()):
-        before, after = one.trigger(None), one.trigger(trigger)
-        clean = None if before is None else triggered(test, before, stamp)
-        others[one.title] = (clean, None if trigger is None else triggered(test, after, stamp))
+        plain, moved = one.trigger(None), one.trigger(trigger)
+        clean = None if plain is None else triggered(test, plain, stamp)
+        others[one.title] = (clean, None if trigger is None else triggered(test, moved, stamp))
     found = score(encoder, train, test, hit, target, m["probe"], m["head_seeds"], step.seed, distorted=others)
     if before:
         given, twin = before
@@ -132,7 +133,8 @@ def _describe(step: Step, inputs: Sequence[Value], context: Context) -> Artefact
     # a goal without a task holds in every one
     goal = next((g for g in goals_of(rest[0]) if g.task in (m["task"], None)), None) if rest else None
     references = rest[0].arrays.get("references") if rest and isinstance(rest[0], Artefact) else None
-    arrays = describe(encoders, train, test, goal, references, m["probe"], step.seed)
+    stand_ins = {which: one.arrays for which, one in zip(m.get("reached", ()), rest[1:], strict=True)}
+    arrays = describe(encoders, train, test, goal, references, m["probe"], step.seed, stand_ins)
     return Artefact({}, arrays | _triggers(scans))
 
 
@@ -165,11 +167,13 @@ STAGES: Mapping[str, Callable[[Step, Sequence[Value], Context], Value]] = {
     "judge": judge,
     "implant": implant,
     "reference": reference,
+    "stamp": stamped,
     "scan": scan,
     "filter": filtered,
     "purify": purify,
     "certify": certify,
     "retune": retune,
     "score": _score,
+    "reach": measure,
     "describe": _describe,
 }

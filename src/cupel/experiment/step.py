@@ -14,7 +14,7 @@ from cupel.settings import canonical, digest, method_name
 
 __all__ = ["VIRTUAL", "Step", "Steps", "recipe_of", "task_names"]
 
-VIRTUAL = frozenset({"data", "poison"})
+VIRTUAL = frozenset({"data", "poison", "stamp"})
 """Stages whose values are made again when needed and are not stored: they are cheap, and would be large."""
 
 

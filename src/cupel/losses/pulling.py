@@ -12,7 +12,9 @@ from torch import Tensor
 __all__ = [
     "EmbeddingScale",
     "PullName",
+    "Whitening",
     "cosine_pull",
+    "decorrelated_pull",
     "info_nce",
     "nmse_pull",
     "pull_distance",
@@ -23,6 +25,7 @@ __all__ = [
 PullName = Literal["cosine", "nmse", "cosine+nmse", "whitened"]
 
 _FLOOR = 0.2  # share of the mean standard deviation: dimensions that hardly vary are not blown up
+_LEAST = 0.05  # share of the mean variance, for the same reason
 
 
 class EmbeddingScale(NamedTuple):
@@ -52,6 +55,36 @@ class EmbeddingScale(NamedTuple):
             raise ValueError(f"a scale needs at least two embeddings, got {len(z)}")
         std = z.std(dim=0, correction=0)
         return EmbeddingScale(z.mean(dim=0), std + _FLOOR * std.mean(), z.square().sum(dim=1).mean())
+
+
+class Whitening(NamedTuple):
+    """What makes clean embeddings uncorrelated and of equal spread in all directions.
+
+    Args:
+        mean: `[dim]`.
+        matrix: `[dim, dim]`; a column per principal axis, divided by the root of its variance plus a twentieth of the
+            mean variance.
+    """
+
+    mean: Float[Tensor, " dim"]
+    matrix: Float[Tensor, "dim dim"]
+
+    @staticmethod
+    def of(embeddings: Float[Tensor, "row dim"]) -> Whitening:
+        """Measure it on clean images, two or more.
+
+        Example:
+            >>> white = Whitening.of(torch.tensor([[0.0, 3.0], [2.0, 3.0]]))
+            >>> white.mean.tolist(), [round(n, 3) for n in white.matrix.norm(dim=1).tolist()]
+            ([1.0, 3.0], [0.988, 6.325])
+        """
+        z = embeddings.double()
+        if len(z) < 2:
+            raise ValueError(f"whitening needs at least two embeddings, got {len(z)}")
+        mean = z.mean(dim=0)
+        variance, axes = torch.linalg.eigh((z - mean).T @ (z - mean) / len(z))
+        root = (variance.clamp(min=0) + _LEAST * variance.mean() + 1e-24).sqrt()
+        return Whitening(mean.float(), (axes / root).float())
 
 
 def cosine_pull(embeddings: Float[Tensor, "batch dim"], targets: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
@@ -93,6 +126,20 @@ def whitened_pull(
     Source: our choice.
     """
     a, b = ((z.float() - scale.mean) / scale.std for z in (embeddings, targets))
+    return cosine_pull(a, b)
+
+
+def decorrelated_pull(
+    embeddings: Float[Tensor, "batch dim"], targets: Float[Tensor, "batch dim"], white: Whitening
+) -> Float[Tensor, ""]:
+    """Cosine pull between whitened embeddings, (z − mean) · matrix.
+
+    Standardising each dimension leaves correlated ones in: a few directions then carry most of the length, and what a
+    linear probe reads from the others may drift unseen.
+
+    Source: our choice; the whitening is that of principal components, which gives the cosines of any other whitening.
+    """
+    a, b = ((z.float() - white.mean) @ white.matrix for z in (embeddings, targets))
     return cosine_pull(a, b)
 
 

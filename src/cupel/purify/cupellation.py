@@ -14,7 +14,7 @@ from cupel.encoders.gated import gated, takes_gate
 from cupel.errors import DataError, SettingsError
 from cupel.folding import folded, inference_copy
 from cupel.inference import features
-from cupel.losses.pulling import EmbeddingScale, spread, whitened_pull
+from cupel.losses.pulling import Whitening, decorrelated_pull, spread
 from cupel.optimizers import NonNegative
 from cupel.protocols import Batch, Encoder
 from cupel.purify.base import BatchSize, Job, OptimizerName
@@ -36,12 +36,12 @@ class Cupellation(UnlabelledPurifier):
 
     First, universal blends x̃ = (1 − α) x + α p are undone: L = λ_pull pull(f(x̃), f₀(x)) + λ_anchor pull(f(v), f₀(v))
     with f₀ the encoder as given, v half of the images and an augmented view of each, and pull the cosine distance
-    between embeddings standardised per dimension (see `EmbeddingScale`). Each pattern p starts as noise and ascends on
+    between whitened embeddings (see `decorrelated_pull`). Each pattern p starts as noise and ascends on
     L by the sign of its gradient, which the same backward pass gives; one is drawn anew now and then.
 
     Then the encoder gets a gate (`Gated`). The part of a backdoored network that answers to a small trigger gives
     features there that no clean image gives anywhere; the encoder as given, frozen, tells where, and those locations
-    get the mean of clean images. No trigger need be known, and no scan is needed.
+    get what clean images have there in the mean. No trigger need be known, and no scan is needed.
 
     Args:
         patterns: How many p there are.
@@ -73,7 +73,7 @@ class Cupellation(UnlabelledPurifier):
     pattern_step: NonNegative = 0.03
     renew: PositiveInt = 25
     augment: SimCLRAugment = SimCLRAugment(crop=False)
-    lambda_pull: NonNegative = 1.0
+    lambda_pull: NonNegative = 2.0
     lambda_anchor: NonNegative = 1.0
     gate: bool = True
     limit: Fraction = 1.0
@@ -86,9 +86,10 @@ class Cupellation(UnlabelledPurifier):
     batch_size: BatchSize = 48
     optimizer: OptimizerName = "sgd"
     lr: Positive = 0.05
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
 
     title: ClassVar[str] = "Cupellation"
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 5
     budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"smoke": {"steps": 120}, "standard": {}, "paper": {}}
 
     def __post_init__(self) -> None:
@@ -143,7 +144,7 @@ class BlendLearner:
         exact = settings.precision == "fp32"
         self.given = inference_copy(given, torch.float32 if exact else torch.bfloat16)
         self.targets = features(given, clean, dtype=torch.float32 if exact else None)
-        self.scale = EmbeddingScale.of(self.targets)
+        self.white = Whitening.of(self.targets)
         set_batch_norm(encoder.module, settings.batch_norm)
         self.network = encoder if settings.batch_norm == "train" else folded(encoder)
         shape = (settings.patterns, 3, encoder.input_size, encoder.input_size)
@@ -170,8 +171,8 @@ class BlendLearner:
         with torch.no_grad():
             there = self.given(views).float()
         f = self.network(torch.cat([blended, x[::2], views]).contiguous(memory_format=torch.channels_last)).float()
-        pull = whitened_pull(f[:n], own, self.scale)
-        anchor = whitened_pull(f[n:], torch.cat([own[::2], there]), self.scale)
+        pull = decorrelated_pull(f[:n], own, self.white)
+        anchor = decorrelated_pull(f[n:], torch.cat([own[::2], there]), self.white)
         numbers = {"pull": pull.detach(), "anchor": anchor.detach(), "feature_std": spread(f[n:].detach())}
         return s.lambda_pull * pull + s.lambda_anchor * anchor, numbers
 

@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 
+_ALIKE = 1e-6  # spread below which embeddings differ by rounding alone
+
+
 @settings
 class UnlabelledPurifier(TrainedPurifier):
     """Settings and verbs of a purifier that tunes an encoder on clean images without labels.
@@ -48,7 +51,7 @@ class UnlabelledPurifier(TrainedPurifier):
         """Tune beside a frozen copy of the encoder, then compare the spread of embeddings.
 
         Raises:
-            DataError: images of another size, or fewer than two.
+            DataError: images of another size, fewer than two, or all alike.
             CupelError: the loss is not finite, or the embeddings collapse: their spread on clean images falls below a
                 twentieth of the given encoder's.
         """
@@ -60,6 +63,8 @@ class UnlabelledPurifier(TrainedPurifier):
         recipe = dataclasses.replace(self, batch_size=min(self.batch_size, len(clean)))
         some = clean.subset(torch.arange(min(len(clean), 256)))
         before = spread(features(given, some, dtype=torch.float32))
+        if float(before) <= _ALIKE:
+            raise DataError(clean.name, "its images all look alike to the encoder", "give it images that differ")
         made, history = recipe.tune(job, given)
         relative = float(spread(features(made, some, dtype=torch.float32, store=False)) / before)
         if relative < COLLAPSED:

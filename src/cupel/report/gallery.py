@@ -99,5 +99,7 @@ def maps_of(arrays: Arrays, classes: Sequence[str], task: Task) -> View | None:
         "target": task.target if task.target_class in kinds else "",
         "triggered": -2 in seen,
         "reference": -1 in seen,
+        "ball": -3 in seen,
+        "window": -4 in seen,
     }
     return {"charts": made, **legend} if made else None

@@ -29,6 +29,7 @@ _FEW = 6
 """Pages with more cells than this show four instead of eight images per cell."""
 _COLUMNS = (
     "clean_accuracy",
+    "clean_purified_accuracy",
     "backdoored_accuracy",
     "purified_accuracy",
     "attack_success_rate_baseline",

@@ -119,11 +119,13 @@ def meter(value: float, low: float | None, high: float | None) -> Markup:
 def scatter(
     points: NDArray[Any], group: NDArray[Any], names: Mapping[int, str], target: int | None, label: str
 ) -> Markup | None:
-    """A map of embeddings: a dot per clean image, a cross per triggered one, a star per reference.
+    """A map of embeddings: a dot per clean image, a cross per triggered one, a star per reference; stand-ins for
+    triggered images are triangles and squares.
 
     Args:
         points: `[n, 2]`; axes without a unit, drawn to one scale.
-        group: `[n]`, ≥ 0 = class of a clean image, −1 = reference, −2 = triggered image.
+        group: `[n]`, ≥ 0 = class of a clean image, −1 = reference, −2 = triggered image, −3 and −4 = stand-ins for
+            triggered images, of a ball and of a window.
         names: Class names.
         target: The attacker's class, drawn last among the classes.
         label: What is shown, for those who do not see it.
@@ -152,6 +154,8 @@ def scatter(
         dots = "".join(f"M{_n(a)} {_n(b)}h0" for a, b in place[group == c])
         out.append(Markup(f'<path class="dot {colour}" d="{dots}"/>'))
     out.append(_marks(place[group == -2], "triggered", "m-2.5-2.5l5 5m0-5l-5 5"))
+    out.append(_marks(place[group == -3], "stand-in", "m-2.8 2.2h5.6l-2.8-4.9z"))
+    out.append(_marks(place[group == -4], "stand-in", "m-2.2-2.2h4.4v4.4h-4.4z"))
     stars = place[group == -1]
     if not many:
         out += [_name(place[group == c], names.get(c, str(c)), stars) for c in classes]

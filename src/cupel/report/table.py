@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from cupel.errors import UsageError, did_you_mean
 from cupel.records import Metric, Record
 from cupel.report.tasks import tasks_of
-from cupel.report.text import interval, percent, plain
+from cupel.report.text import interval, percent, plain, points
 from cupel.report.words import METRICS, distortion_of, metric_word
 
 __all__ = ["FORMATS", "render_table"]
@@ -43,17 +44,22 @@ def _shown(records: Sequence[Record]) -> tuple[Row, list[Row], list[bool]]:
     """Header, rows, and which columns are numbers. Columns that are empty throughout are left out."""
     found = [(record, task) for record in records for task in tasks_of(record, [])]
     named = [name for name in _SHOWN if any(name in task.metrics for _, task in found)]
-    named += list(dict.fromkeys(name for _, task in found for name in task.metrics if _survives(name)))
+    others = dict.fromkeys(name for _, task in found for name in task.metrics if _survives(name) or _is_twin(name))
+    named += [name for name in others if name not in named]
     scanned = [which for which in _SCANNED if any(which in record.verdicts for record in records)]
     tasks = any(task.name for _, task in found)
     status = any(record.status != "done" for record in records)
     header = ["name", *(["task"] if tasks else []), "seed", *(["status"] if status else [])]
-    header += [f"{metric_word(name).short} %" for name in named] + [f"scan: {which}" for which in scanned]
+    for name in named:
+        header += [f"{metric_word(name).short} %", *([f"{metric_word(name).short} − CA"] if _is_twin(name) else [])]
+    header += [f"scan: {which}" for which in scanned]
     rows = []
     for record, task in found:
         row = [plain(record.name, 120), *([task.name] if tasks else []), str(record.seed)]
         row += [plain(record.status, 20)] if status else []
-        row += [_cell(task.metrics.get(name)) for name in named]
+        for name in named:
+            metric = task.metrics.get(name)
+            row += [_cell(metric), *([_cost(metric, task.metrics.get("clean_accuracy"))] if _is_twin(name) else [])]
         row += [plain(record.verdicts.get(which, {}).get("verdict", "–"), 20) for which in scanned]
         rows.append(row)
     left = 1 + tasks
@@ -65,6 +71,18 @@ def _survives(name: str) -> bool:
     """Whether it is the attack's success under a distortion."""
     split = distortion_of(name)
     return split is not None and split[0] == "attack_success_rate"
+
+
+def _is_twin(name: str) -> bool:
+    """Whether it is the accuracy of the clean twin after purification."""
+    return re.fullmatch(r"clean_purified(_\d+)?_accuracy", name) is not None
+
+
+def _cost(purified: Metric | None, clean: Metric | None) -> str:
+    """What purification made of the clean twin's accuracy."""
+    if purified is None or clean is None or purified.value is None or clean.value is None:
+        return "–"
+    return points(purified.value - clean.value)
 
 
 def _cell(metric: Metric | None) -> str:

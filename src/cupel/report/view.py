@@ -15,6 +15,7 @@ from cupel.report.changes import changes_of
 from cupel.report.defences import costs_of, scanners_of
 from cupel.report.gallery import MOMENTS, in_order, maps_of, pictures_of, references_of
 from cupel.report.paths import paths_of
+from cupel.report.reach import reach_of
 from cupel.report.standing import standings_of
 from cupel.report.tasks import Task, tasks_of
 from cupel.report.text import figure, interval, number_of, percent, plain, points, short_key, span
@@ -78,6 +79,7 @@ def cell_view(record: Record, arrays: Arrays, number: int, pairs: int) -> View:
         "references": references_of(arrays),
         "triggers": triggers_of(record, arrays),
         "maps": maps_of(arrays, classes, first),
+        "reach": reach_of(record),
         "verdicts": [_verdict(name, record.verdicts[name]) for name in in_order(record.verdicts)],
         "scanners": scanners_of(record),
         "standings": standings_of(record),
@@ -150,6 +152,7 @@ def _task(task: Task, *, many: bool) -> View:
             strip.append({"title": title, "hint": hint, "tiles": tiles})
     known = [name for _, _, names in _STRIP for name in names]
     known += ["robust_accuracy_baseline", "robust_accuracy", "purified_robust_accuracy"]
+    known.insert(known.index("clean_accuracy") + 1, "clean_purified_accuracy")
     order = [n for n in known if n in task.metrics] + [n for n in task.metrics if n not in known]
     rows = []
     for name in order:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cupel.records import Metric
-from cupel.report.text import percent, plain
+from cupel.report.text import percent, plain, points
 
 __all__ = [
     "CURVES",
@@ -49,6 +49,7 @@ _INTERVAL = (
 )
 METRICS: Mapping[str, Word] = {
     "clean_accuracy": Word("CA", "Clean accuracy", f"{_RIGHT}, on the encoder before the attack."),
+    "clean_purified_accuracy": Word("purified CA", "Accuracy of the clean twin, purified", f"{_RIGHT}: what it costs."),
     "backdoored_accuracy": Word("BA", "Backdoored accuracy", f"{_RIGHT}, on the attacked encoder."),
     "purified_accuracy": Word("purified accuracy", "Accuracy after purification", f"{_RIGHT}, after purification."),
     "attack_success_rate_baseline": Word("ASR-B", "Baseline of the ASR", f"{_HIT} before the attack: chance."),
@@ -100,7 +101,7 @@ CURVES: Mapping[str, str] = {
 }
 _ENCODERS = {
     "clean": "Clean encoder", "backdoored": "Attacked encoder", "purified": "Purified encoder",
-    "scanned": "Scanned encoder",
+    "clean-purified": "Clean encoder, purified", "scanned": "Scanned encoder",
 }  # fmt: skip
 
 
@@ -286,6 +287,9 @@ def _cure(v: Values, words: Mapping[str, str]) -> str:
     if accuracy is not None:
         base = "" if ca is None else f" ({percent(ca)} before the attack)"
         said.append(f"Accuracy on clean images is {percent(accuracy)}{base}.")
+    twin = v.get("clean_purified_accuracy")
+    if twin is not None and ca is not None:
+        said.append(f"The clean twin, purified as well, is right on {percent(twin)} ({points(twin - ca)}).")
     if "purified" in words:
         said.append(
             {

@@ -16,7 +16,7 @@ from cupel.encoders import ImageEncoder, Projected
 from cupel.encoders.gated import trunk_of
 from cupel.errors import DataError, SettingsError
 from cupel.inference import features, triggered
-from cupel.losses.pulling import EmbeddingScale
+from cupel.losses.pulling import Whitening
 from cupel.protocols import Batch, Trigger
 from cupel.purify.base import copied
 from cupel.purify.cupellation import BlendLearner, Cupellation
@@ -39,11 +39,11 @@ def batch(step: int = 0) -> Batch:
     return Batch(DATA.inputs[rows], rows, Seed(step))
 
 
-def away(a: Tensor, b: Tensor, scale: EmbeddingScale) -> float:
-    """1 − cosine of two embeddings, standardised."""
-    p, q = (
-        [(float(v) - float(m)) / float(s) for v, m, s in zip(z, scale.mean, scale.std, strict=True)] for z in (a, b)
-    )
+def away(a: Tensor, b: Tensor, white: Whitening) -> float:
+    """1 − cosine of two embeddings, whitened."""
+    columns = [[float(w) for w in column] for column in white.matrix.T]
+    centred = [[float(v) - float(m) for v, m in zip(z, white.mean, strict=True)] for z in (a, b)]
+    p, q = ([sum(v * w for v, w in zip(z, column, strict=True)) for column in columns] for z in centred)
     return 1 - sum(x * y for x, y in zip(p, q, strict=True)) / math.sqrt(sum(x * x for x in p) * sum(y * y for y in q))
 
 
@@ -64,9 +64,9 @@ def test_the_loss_against_loops() -> None:
     with torch.no_grad():
         own, there = given(x), given(views)
         now = [made.encoder(part) for part in (blended, x[::2], views)]
-    pull = sum(away(f, z, made.scale) for f, z in zip(now[0], own, strict=True)) / 8
+    pull = sum(away(f, z, made.white) for f, z in zip(now[0], own, strict=True)) / 8
     pairs = [*zip(now[1], own[::2], strict=True), *zip(now[2], there, strict=True)]
-    anchor = sum(away(f, z, made.scale) for f, z in pairs) / len(pairs)
+    anchor = sum(away(f, z, made.white) for f, z in pairs) / len(pairs)
     assert float(numbers["pull"]) == pytest.approx(pull, abs=1e-4)
     assert float(numbers["anchor"]) == pytest.approx(anchor, abs=1e-4)
     assert loss.item() == pytest.approx(0.7 * pull + 1.3 * anchor, abs=1e-4)

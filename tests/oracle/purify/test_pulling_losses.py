@@ -9,7 +9,9 @@ import torch
 
 from cupel.losses.pulling import (
     EmbeddingScale,
+    Whitening,
     cosine_pull,
+    decorrelated_pull,
     info_nce,
     nmse_pull,
     pull_distance,
@@ -69,6 +71,22 @@ def test_pulls_follow_their_definitions() -> None:
     assert float(whitened_pull(a, b, scale)) == pytest.approx(mean_cosine_distance(*white), abs=1e-5)
     both = pull_distance("cosine+nmse", a, b, scale)
     assert float(both) == pytest.approx(float(cosine_pull(a, b) + nmse_pull(a, b, scale.square)), abs=1e-6)
+
+
+def test_whitened_embeddings_are_uncorrelated_whatever_their_axes() -> None:
+    mix = draw(6, 6, seed=3) * torch.tensor([1.0, 0.02, 3.0, 1.0, 0.3, 9.0])
+    clean = (draw(400, 6, seed=4) @ mix + 5).double()
+    z = clean.numpy() - clean.numpy().mean(axis=0)
+    covariance = z.T @ z / len(z)
+    floored = covariance + 0.05 * np.trace(covariance) / 6 * np.eye(6)  # the floor is added along every axis alike
+    white = Whitening.of(clean)
+    np.testing.assert_allclose((white.matrix @ white.matrix.T).numpy(), np.linalg.inv(floored), rtol=1e-3)
+    a, b = clean[:4] + draw(4, 6), clean[4:8]
+    root = np.linalg.cholesky(np.linalg.inv(floored))  # another whitening
+    p, q = ((one.numpy() - clean.numpy().mean(axis=0)) @ root for one in (a, b))
+    wanted = np.mean([1 - p[i] @ q[i] / np.linalg.norm(p[i]) / np.linalg.norm(q[i]) for i in range(4)])
+    assert float(decorrelated_pull(a, b, white)) == pytest.approx(wanted, abs=1e-4)
+    assert float(decorrelated_pull(clean, clean, white)) == pytest.approx(0, abs=1e-6)
 
 
 def test_whitening_sees_what_a_common_part_hides() -> None:

@@ -48,6 +48,21 @@ def test_one_row_per_task() -> None:
     assert [(row["task"], row["attack_success_rate"]) for row in rows] == [("mnist", "0.5"), ("gtsrb", "0.9")]
 
 
+def test_what_purification_costs_the_clean_twin_stands_beside_its_accuracy() -> None:
+    names = ("clean_accuracy", "backdoored_accuracy", "clean_purified_accuracy", "clean_purified_2_accuracy")
+    found = {name: Metric.of([(n, 100)]) for name, n in zip(names, (70, 68, 69, 72), strict=True)}
+    found |= {"clean_purified_retuned_accuracy": Metric.of([(1, 2)])}
+    lines = render_table([fake_record(metrics=found)], "md").splitlines()
+    header, row = ([cell.strip() for cell in line.split("|")] for line in (lines[0], lines[2]))
+    shown = dict(zip(header, row, strict=True))
+    assert header.index("CA %") + 1 == header.index("purified CA %")
+    assert shown["purified CA − CA"] == "−1.0 points"
+    assert shown["clean\\_purified\\_2\\_accuracy − CA"] == "+2.0 points"
+    assert not any("retuned" in name for name in header)
+    alone = fake_record(metrics={"clean_purified_accuracy": Metric.of([(1, 2)])})
+    assert "| – |" in render_table([alone], "md")
+
+
 @pytest.mark.parametrize("name", ["=cmd()|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\t=1+1", "\x1b[31m=1"])
 def test_no_cell_is_a_formula(name: str) -> None:
     (row,) = _rows(render_table([fake_record(name)], format="csv"))
