@@ -105,6 +105,12 @@ _ENCODERS = {
 }  # fmt: skip
 
 
+_AGAIN = {
+    "backdoored": "still called it backdoored", "suspicious": "called it suspicious", "clean-by-test": "found nothing",
+    "inconclusive": "was inconclusive",
+}  # fmt: skip
+
+
 def encoder_label(name: str) -> str:
     """What an encoder of a record is called on the page."""
     return _ENCODERS.get(name, plain(name, 60))
@@ -290,13 +296,6 @@ def _cure(v: Values, words: Mapping[str, str]) -> str:
     twin = v.get("clean_purified_accuracy")
     if twin is not None and ca is not None:
         said.append(f"The clean twin, purified as well, is right on {percent(twin)} ({points(twin - ca)}).")
-    if "purified" in words:
-        said.append(
-            {
-                "backdoored": "A second scan still called it backdoored.",
-                "suspicious": "A second scan called it suspicious.",
-                "clean-by-test": "A second scan found nothing.",
-                "inconclusive": "A second scan was inconclusive.",
-            }.get(words["purified"], "")
-        )
-    return " ".join(part for part in said if part)
+    if (again := _AGAIN.get(words.get("purified", ""))) is not None:
+        said.append(f"A second scan {again}.")
+    return " ".join(said)
