@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from cupel.attack.badencoder import BadEncoder
+from cupel.attack.badencoder_evasive import EvasiveBadEncoder
 from cupel.attack.badnets import BadNets
 from cupel.attack.blended import Blended
 from cupel.attack.corrupt_encoder import CorruptEncoder
@@ -30,6 +31,7 @@ __all__ = [
     "BadNets",
     "Blended",
     "CorruptEncoder",
+    "EvasiveBadEncoder",
     "LatentBackdoor",
     "NeuBA",
     "SSLBackdoor",
@@ -42,6 +44,7 @@ ATTACKS: Mapping[str, type] = registry(
     "attacks",
     {
         "badencoder": BadEncoder,
+        "badencoder_evasive": EvasiveBadEncoder,
         "drupe": DRUPE,
         "inactive": INACTIVE,
         "neuba": NeuBA,

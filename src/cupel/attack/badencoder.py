@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,7 +14,7 @@ from torch import Tensor
 from cupel.augment import SimCLRAugment
 from cupel.encoders import ImageEncoder
 from cupel.errors import DataError
-from cupel.implanting import ImplantLearner, Targets, aims_of, implanted
+from cupel.implanting import Aim, ImplantLearner, Targets, aims_of, implanted
 from cupel.inference import features
 from cupel.optimizers import NonNegative, Recipe
 from cupel.protocols import Trigger
@@ -21,7 +22,7 @@ from cupel.seeds import Seed
 from cupel.settings import OneOf, PositiveInt, settings
 from cupel.train import fit
 from cupel.triggers import TRIGGERS, Patch
-from cupel.types import Implanted, Knowledge, Need
+from cupel.types import Dataset, Implanted, Knowledge, Need
 
 __all__ = ["BadEncoder"]
 
@@ -70,6 +71,7 @@ class BadEncoder(Recipe):
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     targets: ClassVar[Targets] = "references"
+    registered: ClassVar[str] = "badencoder"
     revision: ClassVar[int] = 2
 
     def implant(
@@ -86,24 +88,35 @@ class BadEncoder(Recipe):
         Raises:
             DataError: no shadow set, no goal, or a goal without references.
         """
-        shadow = attacker.shadow
+        shadow, name = attacker.shadow, self.registered
         if shadow is None or not attacker.goals:
-            raise DataError("badencoder", "needs a shadow set and at least one goal", "give `attacker.shadow`")
+            raise DataError(name, "needs a shadow set and at least one goal", "give `attacker.shadow`")
         device = next(clean.module.parameters()).device
         dtype = torch.float32 if self.precision == "fp32" else None
-        aims = aims_of(attacker, self.trigger, partial(features, clean), device, "badencoder")
-        learner = ImplantLearner(
-            encoder := clean.copy(),
-            features(clean, shadow, dtype=dtype),
-            shadow.ids,
-            aims,
-            lambda_reference=self.lambda_reference,
-            lambda_utility=self.lambda_utility,
-            lambda_trigger=self.lambda_trigger,
-            augment=_REFERENCE_AUGMENT if self.l1_augment else None,
-            draws=self.l1_draws,
-            detach_reference=self.detach_reference,
-        )
-        history = fit(learner, shadow, self, seed, label="implant badencoder", device=device, checkpoint=checkpoint)
+        aims = aims_of(attacker, self.trigger, partial(features, clean), device, name)
+        learner = self.learner(encoder := clean.copy(), features(clean, shadow, dtype=dtype), shadow, aims)
+        history = fit(learner, shadow, self, seed, label=f"implant {name}", device=device, checkpoint=checkpoint)
         goals = [aim.goal for aim in aims]
-        return implanted(self, "badencoder", encoder, clean, attacker, goals, history, seed)
+        return implanted(self, name, encoder, clean, attacker, goals, history, seed)
+
+    def learner(self, encoder: ImageEncoder, clean: Tensor, shadow: Dataset, aims: Sequence[Aim]) -> ImplantLearner:
+        """The step that is trained with.
+
+        Args:
+            encoder: The copy that is trained.
+            clean: Clean embeddings of the shadow set, `[n, width]`.
+            shadow: Images.
+            aims: Goals made ready.
+        """
+        return ImplantLearner(encoder, clean, shadow.ids, aims, **self._terms())
+
+    def _terms(self) -> dict[str, Any]:
+        """Settings of `ImplantLearner`."""
+        return {
+            "lambda_reference": self.lambda_reference,
+            "lambda_utility": self.lambda_utility,
+            "lambda_trigger": self.lambda_trigger,
+            "augment": _REFERENCE_AUGMENT if self.l1_augment else None,
+            "draws": self.l1_draws,
+            "detach_reference": self.detach_reference,
+        }

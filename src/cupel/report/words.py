@@ -293,8 +293,7 @@ def _cure(v: Values, words: Mapping[str, str]) -> str:
     if accuracy is not None:
         base = "" if ca is None else f" ({percent(ca)} before the attack)"
         said.append(f"Accuracy on clean images is {percent(accuracy)}{base}.")
-    twin = v.get("clean_purified_accuracy")
-    if twin is not None and ca is not None:
+    if (twin := v.get("clean_purified_accuracy")) is not None and ca is not None:
         said.append(f"The clean twin, purified as well, is right on {percent(twin)} ({points(twin - ca)}).")
     if (again := _AGAIN.get(words.get("purified", ""))) is not None:
         said.append(f"A second scan {again}.")
