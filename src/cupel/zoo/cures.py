@@ -33,7 +33,10 @@ class Values:
         retuned: Attack success after retuning.
         retuned_accuracy: Accuracy after it.
         to_twin: Mean cosine of clean embeddings to the clean twin's.
+        old_accuracy, old_asr: Of heads that were fitted on the encoder as given, put on the purified one.
         seconds: Of purification.
+        forward, backward: Images through an encoder in purification.
+        memory: Most that the process held, in MiB.
     """
 
     accuracy: float
@@ -42,7 +45,12 @@ class Values:
     retuned: float | None = None
     retuned_accuracy: float | None = None
     to_twin: float | None = None
+    old_accuracy: float | None = None
+    old_asr: float | None = None
     seconds: float | None = None
+    forward: float | None = None
+    backward: float | None = None
+    memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -147,8 +155,18 @@ def _values(one: Mapping[str, Any]) -> Values:
         retuned=value("retuned_attack_success_rate"),
         retuned_accuracy=value("retuned_accuracy"),
         to_twin=one.get("companions", {}).get("clean_to_twin_cosine"),
+        old_accuracy=value("accuracy@old_head"),
+        old_asr=value("attack_success_rate@old_head"),
         seconds=one.get("seconds"),
+        **{name: one.get("cost", {}).get(key) for name, key in _COSTS.items()},
     )
+
+
+_COSTS = {"forward": "forward_images", "backward": "backward_images", "memory": "peak_memory_mib"}
+_OPTIONAL = {
+    "retuned": "retuned", "to twin": "to_twin", "old accuracy": "old_accuracy", "old asr": "old_asr",
+    "seconds": "seconds", "forward": "forward", "backward": "backward", "memory": "memory",
+}  # fmt: skip
 
 
 def summaries(cures: Sequence[Cure]) -> list[Summary]:
@@ -176,11 +194,10 @@ def _summary(name: str, group: str, cures: Sequence[Cure]) -> Summary:
         "asr twin": [one.twin.asr for one in cures],
         "robust": [one.purified[name].robust for one in cures],
         "robust twin": [one.twin.robust for one in cures],
-        "retuned": [x for one in cures if (x := one.purified[name].retuned) is not None],
         "retuned twin": [x for one in cures if (x := one.twin.retuned) is not None],
-        "to twin": [x for one in cures if (x := one.purified[name].to_twin) is not None],
-        "seconds": [x for one in cures if (x := one.purified[name].seconds) is not None],
     }
+    for column, key in _OPTIONAL.items():
+        columns[column] = [x for one in cures if (x := getattr(one.purified[name], key)) is not None]
     lasting = [x for one in cures if (x := one.lasting(name)) is not None]
     return Summary(
         purifier=name,

@@ -16,7 +16,7 @@ def render_cures(cures: Sequence[Cure], summaries: Sequence[Summary], failed: Se
     """Tables of purifiers: shares of the goals, means, and each encoder; empty where none was tried."""
     if not cures:
         return ""
-    parts = [_goals(summaries), _means(summaries), _each(cures)]
+    parts = [_goals(summaries), _means(summaries), _costs(summaries), _each(cures)]
     if failed:
         parts.append("\n".join(["What failed:", "", *(f"- {name}: {reason}" for name, reason in failed)]))
     return "\n\n".join(parts) + "\n"
@@ -53,6 +53,24 @@ def _means(summaries: Sequence[Summary]) -> str:
     )
 
 
+def _costs(summaries: Sequence[Summary]) -> str:
+    header = ["purifier", "n", "accuracy, old heads", "ASR, old heads", "seconds", "images forward", "images backward",
+              "peak memory MiB"]  # fmt: skip
+    rows = []
+    for one in summaries:
+        if one.group == "all":
+            counts = ["–" if x not in one.means else f"{one.means[x][0]:,.0f}" for x in _COUNTS]
+            heads = [_mean(one, "old accuracy"), _mean(one, "old asr")]
+            rows.append([one.purifier, str(one.encoders), *heads, *counts])
+    note = (
+        "Means over encoders. Old heads: classifiers that were fitted on the encoder as given, put on the purified "
+        "one, per cent with 95 % intervals. Seconds, images and memory are of purification alone, one core of a busy "
+        "machine; images count every pass through an encoder; memory is what the process had held until then."
+    )
+    return "\n".join(["## Purifiers: old heads and cost", "", *table(header, rows), "", note])
+
+
+_COUNTS = ("seconds", "forward", "backward", "memory")
 _HEADS = {
     "accuracy": "accuracy", "accuracy given": "as given", "asr": "ASR", "asr given": "as given",
     "asr twin": "of the twin", "robust": "robust accuracy", "robust twin": "of the twin", "retuned": "retuned ASR",

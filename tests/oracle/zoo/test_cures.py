@@ -38,7 +38,10 @@ def test_goals_are_met_at_their_lines(values, goals):
 
 
 def test_summaries_count_working_backdoors_alone():
-    good, bad = Values(0.80, 0.05, 0.80, 0.2, seconds=4.0), Values(0.60, 0.90, 0.20, 0.9, seconds=6.0)
+    good, bad = (
+        Values(0.80, 0.05, 0.80, 0.2, seconds=4.0, old_accuracy=0.7, old_asr=0.1, forward=1200.0),
+        Values(0.60, 0.90, 0.20, 0.9, seconds=6.0),
+    )
     asleep = cure("asleep", Values(0.8, 0.3, 0.5), cbd=good)
     cures = [cure("a", cbd=good, ft=bad), cure("b", cbd=bad, area=0.09), cure("c", cbd=good, zoo="y"), asleep]
     found = {(one.group, one.purifier): one for one in summaries(cures)}
@@ -53,6 +56,9 @@ def test_summaries_count_working_backdoors_alone():
     assert found["large patches", "cbd"].removed == 0
     text = render_cures(cures, list(found.values()), [("d", "purify cbd: says no")])
     assert "| cbd      | all patches and blends that work | 3 | 2 of 3  | 2 of 3 | 2 of 3  |" in text
+    assert (
+        "| cbd      | 3 | 70.0                | 10.0          | 5       | 1,200          | –               | –" in text
+    )
     assert "- d: purify cbd: says no" in text
     assert render_cures([], [], []) == ""
 
@@ -110,6 +116,9 @@ def test_a_zoo_is_purified(tmp_path, source, capsys):
     (one,), failed = read_cures([out])
     assert set(one.purified) == {"short", "labelled"}
     assert all(v.retuned is not None and v.seconds is not None and v.to_twin for v in one.purified.values())
+    assert all(
+        v.old_accuracy is not None and v.forward and v.backward is not None and v.memory for v in one.purified.values()
+    )
     assert one.given.retuned is None
     assert one.twin.retuned is not None
     assert [name for name, _ in failed] == [one.name]
