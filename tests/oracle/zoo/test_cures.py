@@ -56,9 +56,7 @@ def test_summaries_count_working_backdoors_alone():
     assert found["large patches", "cbd"].removed == 0
     text = render_cures(cures, list(found.values()), [("d", "purify cbd: says no")])
     assert "| cbd      | all patches and blends that work | 3 | 2 of 3  | 2 of 3 | 2 of 3  |" in text
-    assert (
-        "| cbd      | 3 | 70.0                | 10.0          | 5       | 1,200          | –               | –" in text
-    )
+    assert "| cbd | 3 | 70.0 | 10.0 | 5 | 1,200 | – | – |" in " ".join(text.split())
     assert "- d: purify cbd: says no" in text
     assert render_cures([], [], []) == ""
 
