@@ -65,7 +65,8 @@ class Cupellation(UnlabelledPurifier):
     arXiv:1811.11304.
     Deviations: none; it is ours.
     Limits: a trigger whose features lie among those of clean images passes the gate; an attacker who knows of it can
-    train for that, and does so cheaply (`badencoder_evasive`). Where a trigger hides what the picture shows, it stays hidden.
+    train for that, and does so cheaply (`badencoder_evasive`). Where a trigger hides what the picture shows, it stays
+    hidden.
     """
 
     patterns: PositiveInt = 8
