@@ -218,7 +218,7 @@ def climbing_blends(
         encoder: In eval mode; its weights collect no gradient.
         x: Images in [0, 1], two or more.
         own: Their embeddings.
-        steps: Steps of the ascent on the whitened distance to `own`.
+        steps: Steps of the ascent on `whitened_pull` to `own`; Cupellation's patterns climb on `decorrelated_pull`.
         seed: Patterns, α and the images of each step.
         method: Number of patterns, α and step size; None = defaults.
         batch_size: Images per step.
