@@ -224,7 +224,7 @@ def test_training_on_files_equals_training_in_memory_also_when_resumed(folder, t
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")  # copies to one are what is tested
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies to a CUDA device are tested, there is none")
 @pytest.mark.parametrize("room", [True, False])
 def test_batches_on_cuda(monkeypatch, room):
     images = torch.arange(40, dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 3, 2, 2).contiguous()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import experiments
 from cupel.errors import DataError, SettingsError
-from cupel.experiment import cells, plan, run_cells
+from cupel.experiment import run_cells
 from cupel.experiment.stages import STAGES, Context
 from cupel.experiment.store import Artefact
 from cupel.report import load_cells, render_report, render_table
@@ -18,26 +18,18 @@ from cupel.seeds import Seed
 from cupel.triggers import Patch
 
 TINY: dict[str, Any] = {
-    "name": "tiny",
-    "upstream": {
-        "data": "digits",
-        "size": 400,
-        "encoder": {"method": "fast", "input_size": 16, "width": 8},
-        "objective": {"method": "simclr", "steps": 8, "batch_size": 64},
-    },
-    "attack": {"method": "badencoder", "trigger": {"method": "patch", "size": 5}, "steps": 4, "batch_size": 32},
-    "downstream": {"data": "digits", "target_class": 1, "head_seeds": 2},
+    **experiments.TINY,
     "defender": {"size": 60},
     "purify": [{"method": "cupellation", "steps": 2, "batch_size": 16}],
 }
 
 
 def experiment(**changes: Any) -> Any:
-    return cells({**copy.deepcopy(TINY), **changes}, "tiny.yaml")
+    return experiments.tiny_cells(TINY, **changes)
 
 
 def steps(**changes: Any) -> dict[str, Any]:
-    return {step.name: step for step in plan(experiment(**changes)[0][1])}
+    return experiments.planned(TINY, **changes)
 
 
 def keys(**changes: Any) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +10,23 @@ import pytest
 import torch
 from torch import nn
 
+import experiments
 from cupel.cost import counting
 from cupel.errors import SettingsError
-from cupel.experiment import Store, cells, plan, run_cells, stages
+from cupel.experiment import Store, plan, run_cells, stages
 from cupel.experiment.defending import own_head
 from cupel.experiment.store import Artefact
 from cupel.records import Record
 
 TINY: dict[str, Any] = {
-    "name": "tiny",
-    "upstream": {
-        "data": "digits",
-        "size": 400,
-        "encoder": {"method": "fast", "input_size": 16, "width": 8},
-        "objective": {"method": "simclr", "steps": 8, "batch_size": 64},
-    },
-    "attack": {"method": "badencoder", "trigger": {"method": "patch", "size": 5}, "steps": 4, "batch_size": 32},
-    "downstream": {"data": "digits", "target_class": 1, "head_seeds": 2},
+    **experiments.TINY,
     "defender": {"size": 64, "labelled": 80},
 }
 POISONS = {"attack": {"method": "badnets", "trigger": {"method": "patch", "size": 5}}}
 
 
 def experiment(**changes: Any) -> Any:
-    return cells({**copy.deepcopy(TINY), **changes}, "tiny.yaml")
+    return experiments.tiny_cells(TINY, **changes)
 
 
 def ran(tmp_path: Path, **changes: Any) -> Record:
@@ -44,7 +36,7 @@ def ran(tmp_path: Path, **changes: Any) -> Record:
 
 
 def steps(**changes: Any) -> dict[str, Any]:
-    return {step.name: step for step in plan(experiment(**changes)[0][1])}
+    return experiments.planned(TINY, **changes)
 
 
 def test_labelled_and_label_free_purifiers_see_their_own_images() -> None:

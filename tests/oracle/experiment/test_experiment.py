@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import experiments
 from cupel import progress
 from cupel.errors import CupelError, DataError, Interrupted, SettingsError
 from cupel.experiment import Store, cells, plan, read_experiment, run_cells
@@ -16,22 +17,9 @@ from cupel.experiment.store import Artefact
 from cupel.records import Record
 
 TINY = {
-    "name": "tiny",
-    "upstream": {
-        "data": "digits",
-        "size": 400,
-        "encoder": {"method": "fast", "input_size": 16, "width": 8},
-        "objective": {"method": "simclr", "steps": 8, "batch_size": 64},
-    },
-    "attack": {
-        "method": "badencoder",
-        "trigger": {"method": "patch", "size": 5},
-        "steps": 4,
-        "batch_size": 32,
-        "lr": 0.05,
-    },
+    **experiments.TINY,
+    "attack": {**experiments.TINY["attack"], "lr": 0.05},
     "downstream": {"data": "digits", "target_class": 1, "head_seeds": 3},
-    "defender": {"size": 64},
     "scan": [{"method": "decree", "steps": 4, "batch_size": 8, "num_seeds": 2}],
     "purify": [{"method": "cbd", "steps": 2, "batch_size": 8, "pgd_steps": 1}],
 }

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import experiments
 from cupel.errors import SettingsError
 from cupel.experiment import cells, plan, run_cells
 from cupel.records import Record
@@ -19,26 +20,18 @@ QUICK = {
     "epsilons": [8], "images": 12, "batch_size": 8, "universal_rounds": 1, "blend_steps": 1, "cbd": {"pgd_steps": 1}
 }  # fmt: skip
 TINY: dict[str, Any] = {
-    "name": "tiny",
-    "upstream": {
-        "data": "digits",
-        "size": 400,
-        "encoder": {"method": "fast", "input_size": 16, "width": 8},
-        "objective": {"method": "simclr", "steps": 8, "batch_size": 64},
-    },
-    "attack": {"method": "badencoder", "trigger": {"method": "patch", "size": 5}, "steps": 4, "batch_size": 32},
+    **experiments.TINY,
     "downstream": {"data": "digits", "target_class": 1, "head_seeds": 1},
-    "defender": {"size": 64},
     "purify": [{"method": "clp"}, {"method": "clp", "u": 9.0}],
 }
 
 
 def experiment(**changes: Any) -> Any:
-    return cells({**copy.deepcopy(TINY), **changes}, "tiny.yaml")
+    return experiments.tiny_cells(TINY, **changes)
 
 
 def steps(**changes: Any) -> dict[str, Any]:
-    return {step.name: step for step in plan(experiment(**changes)[0][1])}
+    return experiments.planned(TINY, **changes)
 
 
 def test_clean_attacked_and_purified_encoders_are_measured_with_their_own_scans() -> None:

@@ -23,6 +23,7 @@ from cupel.train import autocast
 from toys import blobs, small_encoder
 
 AUGMENT = SimCLRAugment(min_scale=0.8)
+COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
 def batch(n: int = 12, seed: int = 0) -> Batch:
@@ -157,7 +158,7 @@ def test_compiling_leaves_names_and_copies_alone(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow  # 40 s, most of it the compiler
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no compiler")  # torch.compile's
+@pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler, and none is here")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_losses_are_those_without() -> None:
     said = Said()
